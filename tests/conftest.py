@@ -1,0 +1,64 @@
+"""Fixtures all tests share: golden files, threads, reproducible randomness."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_COPIES = ROOT / "tests" / "golden"  # the small ones, kept in the repository
+GOLDEN = Path(os.environ.get("LIGHTNETS_GOLDEN", ROOT.parent / "shared" / "golden"))
+
+
+@dataclass
+class GoldenCase:
+    """One file of what the authors' own code computes; its tensors are grouped by the first part of their key."""
+
+    name: str
+    manifest: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors under ``prefix/``, by the rest of their key, in float32 where the file says float16."""
+        start = prefix + "/"
+        return {
+            key[len(start) :]: tensor.float() if tensor.dtype == torch.float16 else tensor
+            for key, tensor in self.tensors.items()
+            if key.startswith(start)
+        }
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.group("state")
+
+    def ordered(self, kind: str, tag: str) -> list[torch.Tensor]:
+        """Inputs or outputs of one tag in their order; ``kind`` is "input" or "output"."""
+        found = self.group(f"{kind}/{tag}")
+        return [found[key] for key in sorted(found, key=int)]
+
+
+@pytest.fixture
+def golden() -> Callable[[str], GoldenCase]:
+    """Reader of golden files by name; skips the test where the file is not at hand."""
+
+    def load(name: str) -> GoldenCase:
+        for folder in (GOLDEN, GOLDEN_COPIES):
+            file, manifest = folder / f"{name}.safetensors", folder / "manifest.json"
+            if file.is_file() and manifest.is_file():
+                return GoldenCase(name, json.loads(manifest.read_text())[name], load_file(file))
+        pytest.skip(f"golden file {name}.safetensors is not in {GOLDEN} (set LIGHTNETS_GOLDEN)")
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
