@@ -86,7 +86,9 @@ def create_network(
     if spatial_dims not in entry.spatial_dims:
         dims = " and ".join(f"{d}D" for d in entry.spatial_dims)
         others = ", ".join(n for n in list_networks(spatial_dims) if n != name)
-        raise LightNetsError(f"{name} exists in {dims} only, not in {spatial_dims}D; {spatial_dims}D networks: {others}")
+        raise LightNetsError(
+            f"{name} exists in {dims} only, not in {spatial_dims}D; {spatial_dims}D networks: {others}"
+        )
     for label, value in (("input_channels", input_channels), ("num_classes", num_classes)):
         if value < 1:
             raise LightNetsError(f"{label} must be at least 1, got {value}")
