@@ -9,6 +9,7 @@ from types import TracebackType
 from nnunetv2_lightnets.errors import LightNetsError
 
 _FULL_TRACEBACK = "NNUNET_LIGHTNETS_TRACEBACK"
+_DATA_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 def is_nnunet_command() -> bool:
@@ -18,36 +19,45 @@ def is_nnunet_command() -> bool:
 
 def user_mistake(error: BaseException) -> str | None:
     """One line that tells the user what is wrong, or None if the error is no mistake of theirs."""
-    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted. A training goes on from its last checkpoint with --c."
     if isinstance(error, LightNetsError):
-        return text
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        file = str(error.filename)
-        if file.endswith(("dataset.json", ".json")):
-            return f"{file} does not exist: run nnUNetv2_plan_and_preprocess for this data set first, and check -p"
-        return f"{file} does not exist"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; check that the folder exists and can be written"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.strerror} (errno {error.errno}); check the disk that holds nnUNet_results"
-    if isinstance(error, RuntimeError | ValueError):
-        # nnU-Net's own words for a mistake; what follows them is kept where it helps.
-        if text.startswith("Could not find a dataset with the ID"):
-            data_set = text.split("Make sure")[0].strip()
-            folders = {key: os.environ.get(key) for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-            return f"{data_set} Looked in {', '.join(f'{key}={value}' for key, value in folders.items())}"
-        mistakes = (
-            "More than one dataset name found",
-            "dataset_name_or_id",
-            "The configuration",
-            "Requested configuration",
-            "Cannot run validation because",
-            "Cannot both continue",
-            "nnUNet_",
+        mistake: str | None = str(error)
+    elif isinstance(error, OSError):
+        mistake = _disk_mistake(error)
+    elif isinstance(error, RuntimeError | ValueError):
+        mistake = _nnunet_mistake(" ".join(str(error).split()))
+    else:
+        mistake = None
+    return None if mistake is None else f"Error: {' '.join(mistake.split())}"
+
+
+def _disk_mistake(error: OSError) -> str | None:
+    if error.errno is None:
+        return None
+    if error.filename is None:
+        return f"{error.strerror}; check the disk that holds nnUNet_results"
+    if isinstance(error, FileNotFoundError):
+        remedy = (
+            ": run nnUNetv2_plan_and_preprocess first, and check -p" if str(error.filename).endswith("json") else ""
         )
-        if text.startswith(mistakes):
-            return text
-    return None
+        return f"{error.filename} does not exist{remedy}"
+    return f"{error.filename}: {error.strerror}; check that the folder exists and can be written"
+
+
+def _nnunet_mistake(text: str) -> str | None:
+    """nnU-Net's own words for a mistake, as far as they help; None for its other errors."""
+    if text.startswith("Could not find a dataset with the ID"):
+        folders = ", ".join(f"{key}={os.environ.get(key)}" for key in _DATA_FOLDERS)
+        return f"{text.split('Make sure')[0].strip()} Looked in {folders}"
+    mistakes = (
+        "More than one dataset name found",
+        "dataset_name_or_id",
+        "Cannot run validation because",
+        "Cannot both continue",
+        *(f"{folder} is not defined" for folder in _DATA_FOLDERS),
+    )
+    return text if text.startswith(mistakes) else None
 
 
 def report_errors_in_one_line() -> None:
@@ -72,6 +82,6 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
         _previous(kind, error, trace)
         return
     sys.stdout.flush()
-    print(f"Error: {mistake}", file=sys.stderr)
+    print(mistake, file=sys.stderr)
     # Python ends with the exit code of a SystemExit that an excepthook raises.
     raise SystemExit(2)

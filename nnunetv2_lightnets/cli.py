@@ -1,0 +1,55 @@
+"""The command ``nnUNetv2_lightnets``: one subcommand for each task a user has."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nnunetv2_lightnets import __version__
+from nnunetv2_lightnets.errors import LightNetsError
+
+# Subcommand -> (module with add_arguments(parser) and run(args) -> exit code, one line of help).
+COMMANDS = {
+    "demo": ("nnunetv2_lightnets.demo", "the whole way on real MRI: plan, train, predict, evaluate, picture"),
+    "doctor": ("nnunetv2_lightnets.doctor", "check this installation and say what is wrong and what to do"),
+    "networks": ("nnunetv2_lightnets.benchmark.networks_table", "table of networks, trainers and true costs"),
+    "weights": ("nnunetv2_lightnets.pretrained.cli", "download and check the ImageNet weights of Swin-UMamba"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; their modules import nothing heavy before they run."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_lightnets",
+        description="Lightweight networks for nnU-Net. Training itself is nnU-Net's own command: "
+        "nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerLightMUNet",
+    )
+    parser.add_argument("--version", action="version", version=f"nnunetv2_lightnets {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module_name, description) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=description, description=description)
+        module = importlib.import_module(module_name)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except LightNetsError as error:
+        print(f"Error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted. Nothing is lost: run the same command again to go on.", file=sys.stderr)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"Error: {place}{error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""``nnUNetv2_lightnets doctor``: what is installed, what works, and what to do about the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from nnunetv2_lightnets import __version__
+from nnunetv2_lightnets.discovery.start_up import DISABLE, SHIM_FOLDER, VARIABLE
+
+TRAINER = "nnUNetTrainerLightMUNetT_1epochs"
+# Runs in a process of its own: it must see what nnUNetv2_train would see, and may die.
+_SEARCH = f"""
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+print("FOUND", find({TRAINER!r}).__name__)
+"""
+
+
+@dataclass
+class Finding:
+    """One line of the report; ``remedy`` is what to do if it is not all right, ``fatal`` if the main job is stopped."""
+
+    what: str
+    value: str
+    remedy: str | None = None
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        mark = "ok" if self.remedy is None else ("FAIL" if self.fatal else "note")
+        line = f"[{mark:^4}] {self.what:<26}{self.value}"
+        return line if self.remedy is None else f"{line}\n{'':7}-> {self.remedy}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(_args: argparse.Namespace) -> int:
+    """Print the report; exit code 1 if something stops the main job."""
+    findings: list[Finding] = []
+    for look in (versions, start_up, folders, torchvision_pair, trainer_search, device, scan_backends):
+        for finding in look():
+            print(finding, flush=True)
+            findings.append(finding)
+    if any(finding.fatal for finding in findings):
+        print("\nTraining does not work here; see FAIL above.")
+        return 1
+    print("\nReady: nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerLightMUNet")
+    return 0
+
+
+def versions() -> list[Finding]:
+    """Versions of what we stand on."""
+    found = [Finding("nnunetv2_lightnets", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    for package in ("nnunetv2", "torch"):
+        if importlib.util.find_spec(package) is None:
+            found.append(Finding(package, "not installed", f"pip install {package}", fatal=True))
+        else:
+            found.append(Finding(package, importlib.metadata.version(package)))
+    return found
+
+
+def start_up() -> list[Finding]:
+    """Whether the start-up file ran when this Python started."""
+    named = os.environ.get(VARIABLE, "").split(os.pathsep)
+    if SHIM_FOLDER in named:
+        return [Finding("start-up file", f"names our folder in {VARIABLE}")]
+    if os.environ.get(DISABLE):
+        return [Finding("start-up file", f"switched off by {DISABLE}", f"unset {DISABLE}", fatal=True)]
+    remedy = (
+        f"reinstall with pip install --force-reinstall --no-deps nnunetv2-lightnets, or export {VARIABLE}={SHIM_FOLDER}"
+    )
+    return [Finding("start-up file", "did not run (python -S, or not installed by pip)", remedy, fatal=True)]
+
+
+def folders() -> list[Finding]:
+    """The user's own trainer folders, and nnU-Net's three data folders."""
+    remedy = f"correct or unset {VARIABLE}; nnU-Net skips it"
+    found = [
+        Finding(VARIABLE, f"{folder} does not exist", remedy)
+        for folder in os.environ.get(VARIABLE, "").split(os.pathsep)
+        if folder.strip() and folder != SHIM_FOLDER and not os.path.isdir(folder)
+    ]
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        value = os.environ.get(name)
+        if value is None:
+            found.append(Finding(name, "not set", f"export {name}=/some/folder before training (the demo needs none)"))
+        elif not os.path.isdir(value):
+            found.append(Finding(name, f"{value} does not exist", f"mkdir -p {value}, or correct {name}"))
+        elif not os.access(value, os.W_OK):
+            found.append(Finding(name, f"{value} cannot be written", f"give yourself the right, or change {name}"))
+        else:
+            found.append(Finding(name, value))
+    return found
+
+
+def torchvision_pair() -> list[Finding]:
+    """Whether torchvision fits torch: nnU-Net's search imports it, and finds no trainer at all when it does not."""
+    if importlib.util.find_spec("torchvision") is None:
+        return [
+            Finding(
+                "torchvision", "not installed", "pip install torchvision (nnU-Net's own trainers import it)", fatal=True
+            )
+        ]
+    pair = f"torch {importlib.metadata.version('torch')}, torchvision {importlib.metadata.version('torchvision')}"
+    process = _python("import torchvision")
+    if process.returncode == 0:
+        return [Finding("torch and torchvision", pair)]
+    remedy = "install a pair of one release and one build (CPU or CUDA): pip install --upgrade torch torchvision"
+    return [Finding("torch and torchvision", f"{pair} do not fit: {_last_line(process.stderr)}", remedy, fatal=True)]
+
+
+def trainer_search() -> list[Finding]:
+    """Whether nnU-Net finds our trainers, from another folder and in a new process."""
+    process = _python(_SEARCH)
+    if f"FOUND {TRAINER}" in process.stdout:
+        return [Finding("nnU-Net finds our trainers", "yes")]
+    inspected = [line.split(":")[-1].strip() for line in process.stdout.splitlines() if "Inspecting module" in line]
+    culprit = f" (after inspecting {inspected[-1]})" if inspected and inspected[-1] != "lightnets_trainers" else ""
+    return [
+        Finding("nnU-Net finds our trainers", f"no{culprit}: {_last_line(process.stderr)}", "see above", fatal=True)
+    ]
+
+
+def device() -> list[Finding]:
+    """What torch computes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [Finding("device", f"cuda: {torch.cuda.get_device_name(0)}")]
+    if torch.backends.mps.is_available():
+        return [Finding("device", "mps: Apple GPU")]
+    remedy = "train with -device cpu" if torch.version.cuda is None else "no GPU is visible; train with -device cpu"
+    return [Finding("device", f"cpu, {torch.get_num_threads()} threads", remedy)]
+
+
+def scan_backends() -> list[Finding]:
+    """Each backend of the selective scan, or why it cannot run."""
+    import torch
+
+    from nnunetv2_lightnets.ops import available_backends
+
+    found = []
+    backends = available_backends()
+    for name, reason in backends.items():
+        found.append(Finding(f"scan backend {name}", "runs here" if reason is None else f"not here: {reason}"))
+    if not torch.cuda.is_available() and backends.get("native"):
+        remedy = "install a wheel, or a C compiler and reinstall; the torch backend used instead is many times slower"
+        found.append(Finding("scan on this CPU", "without the native kernel", remedy))
+    return found
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=os.sep)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")

@@ -1,0 +1,105 @@
+"""nnU-Net's own search finds our trainers, one class for each name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_lightnets.discovery.lookup import trainer_or_attribute_error
+from nnunetv2_lightnets.discovery.start_up import SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.trainers import TRAINERS, find_trainer, nearest_trainers
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(VARIABLE, SHIM_FOLDER)
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    return recursive_find_trainer_class_by_name
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_is_found_by_nnunet(search, name: str) -> None:
+    trainer = search(name)
+    assert trainer.__name__ == name
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerLightMUNet", "nnUNetTrainerLightMUNetT_2epochs_10iters"])
+def test_a_trainer_is_one_class_and_can_be_pickled(search, name: str) -> None:
+    trainer = search(name)
+    assert search(name) is trainer
+    assert pickle.loads(pickle.dumps(trainer)) is trainer
+    assert issubclass(trainer, find_trainer("nnUNetTrainerLightMUNetT" if "_" in name else name))
+
+
+def test_a_folder_with_spaces_and_another_plugin(search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "another plugin"
+    other.mkdir()
+    (other / "theirs.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class nnUNetTrainerTheirs(nnUNetTrainer): pass\n"
+    )
+    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(other), SHIM_FOLDER]))
+    assert search("nnUNetTrainerTheirs").__module__ == "theirs"
+    assert search("nnUNetTrainerLightMUNet") is find_trainer("nnUNetTrainerLightMUNet")
+
+
+def test_a_broken_module_of_the_user_is_not_hidden(search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("raise RuntimeError('my own mistake')")
+    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(tmp_path), SHIM_FOLDER]))
+    with pytest.raises(RuntimeError, match="my own mistake"):
+        search("nnUNetTrainerLightMUNet")
+
+
+def test_a_missing_folder_of_the_user_is_named(search, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv(VARIABLE, os.pathsep.join(["/no/such/folder", SHIM_FOLDER]))
+    assert search("nnUNetTrainerLightMUNet")
+    assert "does not exist: /no/such/folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"),
+    [
+        ("nnUNetTrainerLightMUnet", "nnUNetTrainerLightMUNet"),
+        ("nnUNetTrainerLigthMUNet_50epochs", "nnUNetTrainerLightMUNet_50epochs"),
+        ("nnUNetTrainerLightMUNet_50epoch", "nnUNetTrainerLightMUNet"),
+        ("nnUNetTrainerLightUNet_2epochs_5iters", "nnUNetTrainerLightMUNet_2epochs_5iters"),
+    ],
+)
+def test_a_misspelt_name_lists_the_nearest(misspelt: str, nearest: str) -> None:
+    assert find_trainer(misspelt) is None
+    assert nearest_trainers(misspelt)[0] == nearest
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerXYZ", "nnUNetTrainerDiceCELoss_noSmooth"])
+def test_names_that_resemble_none_of_ours_are_left_to_nnunet(name: str) -> None:
+    assert nearest_trainers(name) == []
+    with pytest.raises(AttributeError):
+        trainer_or_attribute_error(name)
+
+
+def test_a_misspelt_name_ends_nnunets_command_with_code_2(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv(VARIABLE, SHIM_FOLDER)
+    monkeypatch.setattr(sys, "argv", ["/some/bin/nnUNetv2_train"])
+    with pytest.raises(SystemExit) as stop:
+        trainer_or_attribute_error("nnUNetTrainerLightMUnet")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_it_does_not_end_the_command_while_other_folders_are_unsearched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, os.pathsep.join([SHIM_FOLDER, str(tmp_path)]))
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
+    with pytest.raises(AttributeError):
+        trainer_or_attribute_error("nnUNetTrainerLightMUnet")
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerLightMUNet_0epochs", "nnUNetTrainerLightMUNet_2epochs_3epochs"])
+def test_senseless_budgets_are_no_trainers(name: str) -> None:
+    assert find_trainer(name) is None

@@ -1,0 +1,141 @@
+"""What a user does, with nnU-Net's real commands on real MRI: train, resume, predict, evaluate, export, import.
+
+The tests of this file run in order and build on each other's folders, as a user's commands do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_commands import DATASET, ID, NNUNet, write_mni_blocks
+
+TRAINER = "nnUNetTrainerLightMUNetT_2epochs_5iters"
+
+
+@pytest.fixture(scope="module")
+def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NNUNet:
+    pytest.importorskip("nilearn")
+    nnunet = NNUNet(tmp_path_factory.mktemp("nnU-Net folders"))  # a space in the path, as on many machines
+    write_mni_blocks(nnunet.raw)
+    nnunet.must("nnUNetv2_plan_and_preprocess", "-d", str(ID), "-c", "3d_fullres", "2d", "-np", "1")
+    return nnunet
+
+
+@pytest.fixture(scope="module", params=["3d_fullres", "2d"])
+def trained(request: pytest.FixtureRequest, nnunet: NNUNet) -> tuple[NNUNet, str]:
+    configuration = request.param
+    nnunet.must("nnUNetv2_train", str(ID), configuration, "0", "-tr", TRAINER, "-device", "cpu")
+    return nnunet, configuration
+
+
+def test_training_leaves_what_nnunet_leaves(trained: tuple[NNUNet, str]) -> None:
+    nnunet, configuration = trained
+    fold = nnunet.model(TRAINER, configuration) / "fold_0"
+    for file in (
+        "checkpoint_final.pth",
+        "checkpoint_best.pth",
+        "progress.png",
+        "debug.json",
+        "validation/summary.json",
+    ):
+        assert (fold / file).is_file(), file
+    assert not list(fold.glob("*.partial"))
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == TRAINER
+    assert checkpoint["current_epoch"] == 2
+    log = next(fold.glob("training_log_*.txt")).read_text()
+    assert "nnunetv2_lightnets" in log
+    assert "lightm_unet" in log
+
+
+def test_a_new_process_predicts_and_nnunet_evaluates(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
+    nnunet, configuration = trained
+    images, labels = (str(nnunet.raw / DATASET / sub) for sub in ("imagesTs", "labelsTs"))
+    out = tmp_path / "predictions"
+    model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER)
+    nnunet.must("nnUNetv2_predict", "-i", images, "-o", str(out), *model, "-device", "cpu", "-npp", "1", "-nps", "1")
+    files = ("-djfile", str(out / "dataset.json"), "-pfile", str(out / "plans.json"))
+    nnunet.must("nnUNetv2_evaluate_folder", labels, str(out), *files)
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 2
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1
+
+
+def test_an_interrupted_training_goes_on(trained: tuple[NNUNet, str]) -> None:
+    nnunet, configuration = trained
+    model = nnunet.model(TRAINER, configuration)
+    fold = model / "fold_0"
+    shutil.copytree(model, kept := model.with_name(f"{model.name}_kept"))
+    # What an interruption in the second epoch leaves: the checkpoint of the first, and an unfinished file.
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    checkpoint["current_epoch"] = 1
+    checkpoint["logging"] = {key: value[:1] for key, value in checkpoint["logging"].items()}
+    torch.save(checkpoint, fold / "checkpoint_latest.pth")
+    (fold / "checkpoint_final.pth").unlink()
+    (fold / "checkpoint_latest.pth.partial").write_bytes(b"unfinished")
+    done = nnunet.must("nnUNetv2_train", str(ID), configuration, "0", "-tr", TRAINER, "-device", "cpu", "--c")
+    assert "Epoch 1" in done.stdout
+    assert "Epoch 0" not in done.stdout
+    assert (fold / "checkpoint_final.pth").is_file()
+    shutil.rmtree(model)
+    kept.rename(model)
+
+
+def test_a_model_travels_as_a_zip(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
+    nnunet, configuration = trained
+    model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER)
+    archive = tmp_path / "model.zip"
+    nnunet.must("nnUNetv2_export_model_to_zip", *model, "-o", str(archive))
+    other = NNUNet(tmp_path / "elsewhere")
+    other.must("nnUNetv2_install_pretrained_model_from_zip", str(archive))
+    images = str(nnunet.raw / DATASET / "imagesTs")
+    for place, out in ((nnunet, tmp_path / "here"), (other, tmp_path / "there")):
+        predict = ("-i", images, "-o", str(out), *model, "-device", "cpu", "-npp", "1", "-nps", "1")
+        place.must("nnUNetv2_predict", *predict)
+    for here in (tmp_path / "here").glob("*.nii.gz"):
+        assert here.read_bytes() == (tmp_path / "there" / here.name).read_bytes()
+
+
+def test_pretrained_weights_of_another_class_count(nnunet: NNUNet, trained: tuple[NNUNet, str], tmp_path: Path) -> None:
+    _, configuration = trained
+    checkpoint = nnunet.model(TRAINER, configuration) / "fold_0" / "checkpoint_final.pth"
+    three = NNUNet(tmp_path)
+    shutil.copytree(nnunet.preprocessed, three.preprocessed, dirs_exist_ok=True)
+    file = three.preprocessed / DATASET / "dataset.json"
+    description = json.loads(file.read_text())
+    description["labels"]["something else"] = 2
+    file.write_text(json.dumps(description))
+    trainer = "nnUNetTrainerLightMUNetT_1epochs_1iters"
+    train = (str(ID), configuration, "0", "-tr", trainer, "-device", "cpu", "-pretrained_weights", str(checkpoint))
+    done = three.must("nnUNetv2_train", *train)
+    assert "Loading pretrained weights" in done.stdout or "pretrained" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["999", "3d_fullres", "0", "-tr", TRAINER], "dataset with the ID 999"),
+        ([str(ID), "3d_lowres", "0", "-tr", TRAINER], "'3d_lowres' is not in the plans"),
+        ([str(ID), "3d_fullres", "0", "-tr", "nnUNetTrainerLightMUnet"], "did you mean nnUNetTrainerLightMUNet"),
+        ([str(ID), "3d_fullres", "0", "-tr", TRAINER, "-p", "nnUNetNoPlans"], "nnUNetNoPlans.json does not exist"),
+    ],
+)
+def test_mistakes_get_one_line_and_code_2(nnunet: NNUNet, arguments: list[str], words: str) -> None:
+    done = nnunet.run("nnUNetv2_train", *arguments, "-device", "cpu")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_results_folder_that_cannot_be_written(nnunet: NNUNet, tmp_path: Path) -> None:
+    (file := tmp_path / "not a folder").write_text("")
+    train = (str(ID), "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")
+    done = nnunet.run("nnUNetv2_train", *train, nnUNet_results=str(file / "results"))
+    assert done.returncode == 2, done.stderr
+    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
