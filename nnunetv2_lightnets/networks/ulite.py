@@ -1,0 +1,239 @@
+"""U-Lite: an encoder and a decoder of axial depthwise convolutions, in 2D as published, in 3D lifted by this project.
+
+Paper: Dinh et al., "1M parameters are enough? A lightweight CNN-based model for medical image segmentation"
+(APSIPA ASC 2023, arXiv:2306.16103). Repository: https://github.com/duong-db/U-Lite, which names no licence: this file
+was written from the description of the architecture, no line of it comes from there.
+
+Published are 2D, 3 input channels, 1 output, 878,417 parameters. The 3D network is this project's own: an axial
+convolution has three kernels instead of two, and the dense stem is 3 voxels wide instead of 7, since a dense 7x7x7
+would cost more than half of the whole network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.layers import (
+    CONVOLUTION,
+    BatchNorm,
+    channels_last_on_cpu,
+    checked_strides,
+    max_pool,
+    refuse_deep_supervision,
+    upsample_nearest,
+)
+from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.registry import register_network
+
+DILATIONS = (1, 2, 3)  # of the bottleneck's axial convolutions, whose kernel is 3 (paper, section II-C)
+PUBLISHED_STEM = {2: 7, 3: 3}
+
+
+class AxialDepthwise(nn.Module):
+    """``x`` plus, for each axis, a depthwise convolution of ``x`` along that axis alone."""
+
+    def __init__(self, channels: int, kernel_size: int, spatial_dims: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.axes = nn.ModuleList()
+        for axis in range(spatial_dims):
+            kernel, padding = [1] * spatial_dims, [0] * spatial_dims
+            kernel[axis] = kernel_size
+            padding[axis] = dilation * (kernel_size // 2)
+            self.axes.append(
+                CONVOLUTION[spatial_dims](
+                    channels,
+                    channels,
+                    tuple(kernel),  # type: ignore[arg-type]
+                    padding=tuple(padding),  # type: ignore[arg-type]
+                    dilation=dilation,
+                    groups=channels,
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, *spatial) -> the same shape."""
+        out = x
+        for convolution in self.axes:
+            out = out + convolution(x)
+        return out
+
+
+class EncoderStage(nn.Module):
+    """Axial convolution and norm, which are the skip connection; then a pointwise convolution, pooling and GELU."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int, spatial_dims: int, stride: Sequence[int]):
+        super().__init__()
+        self.stride = tuple(stride)
+        self.axial = AxialDepthwise(channels, kernel_size, spatial_dims)
+        self.norm = BatchNorm(channels)
+        self.pointwise = CONVOLUTION[spatial_dims](channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, *spatial) -> (B, C', *spatial / stride), and the skip connection (B, C, *spatial)."""
+        skip = self.norm(self.axial(x))
+        return F.gelu(max_pool(self.pointwise(skip), self.stride)), skip
+
+
+class Bottleneck(nn.Module):
+    """Four branches of a quarter of the channels: the identity, and axial convolutions of growing dilation."""
+
+    def __init__(self, channels: int, spatial_dims: int) -> None:
+        super().__init__()
+        quarter = channels // (1 + len(DILATIONS))
+        self.reduce = CONVOLUTION[spatial_dims](channels, quarter, 1)
+        self.branches = nn.ModuleList(AxialDepthwise(quarter, 3, spatial_dims, dilation) for dilation in DILATIONS)
+        self.norm = BatchNorm(channels)
+        self.expand = CONVOLUTION[spatial_dims](channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, *spatial) -> the same shape."""
+        x = self.reduce(x)
+        x = torch.cat([x, *(branch(x) for branch in self.branches)], dim=1)
+        return F.gelu(self.expand(self.norm(x)))
+
+
+class DecoderStage(nn.Module):
+    """Nearest upsampling and the skip connection; then pointwise, norm, axial and pointwise convolution, and GELU."""
+
+    def __init__(
+        self, channels: int, out_channels: int, kernel_size: int, spatial_dims: int, stride: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.stride = tuple(stride)
+        self.reduce = CONVOLUTION[spatial_dims](channels + out_channels, out_channels, 1)
+        self.norm = BatchNorm(out_channels)
+        self.axial = AxialDepthwise(out_channels, kernel_size, spatial_dims)
+        self.pointwise = CONVOLUTION[spatial_dims](out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """``x`` (B, C, *spatial), ``skip`` (B, C', *spatial * stride) -> the skip connection's shape."""
+        x = torch.cat([upsample_nearest(x, self.stride), skip], dim=1)
+        return F.gelu(self.pointwise(self.axial(self.norm(self.reduce(x)))))
+
+
+class Decoder(nn.Module):
+    """All decoder stages and the head.
+
+    ``deep_supervision`` is what nnU-Net's own trainers write; with one output there is nothing for it to switch.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        kernel_size: int,
+        spatial_dims: int,
+        strides: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self.deep_supervision = False
+        steps = zip(channels[:0:-1], channels[-2::-1], reversed(strides), strict=True)
+        self.stages = nn.ModuleList(
+            DecoderStage(deep, shallow, kernel_size, spatial_dims, stride) for deep, shallow, stride in steps
+        )
+        self.seg_layers = nn.ModuleList([CONVOLUTION[spatial_dims](channels[0], num_classes, 1)])
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
+        """``x`` from the bottleneck and the skip connections from fine to coarse -> logits (B, classes, *spatial)."""
+        for stage, skip in zip(self.stages, reversed(skips), strict=True):
+            x = stage(x, skip)
+        logits: Tensor = self.seg_layers[0](x)
+        return logits
+
+
+@register_network("ulite", spatial_dims=(2, 3))
+class ULite(nn.Module):
+    """U-Lite.
+
+    Args:
+        spatial_dims: 2 (as published) or 3 (this project's lift).
+        input_channels: channels of the input; 3 as published.
+        num_classes: channels of the logits; 1 as published.
+        deep_supervision: must be False, U-Lite has one output.
+        channels: of the stem and after each encoder stage; the last is a multiple of 4.
+        kernel_size: of the axial convolutions along their axis, odd.
+        stem_kernel_size: of the dense first convolution, odd; 7 in 2D and 3 in 3D by default.
+        strides: of the encoder stages' pooling, per axis, e.g. ((1, 2, 2), ...); 2 everywhere by default.
+
+    Raises:
+        LightNetsError: if a setting does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        channels: Sequence[int] = (16, 32, 64, 128, 256, 512),
+        kernel_size: int = 7,
+        stem_kernel_size: int | None = None,
+        strides: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        refuse_deep_supervision("U-Lite", deep_supervision)
+        if len(channels) < 2 or channels[-1] % (1 + len(DILATIONS)):
+            raise LightNetsError(
+                f"U-Lite's channels must be at least two, the last a multiple of {1 + len(DILATIONS)} (the branches "
+                f"of its bottleneck), got {tuple(channels)}"
+            )
+        stem_kernel_size = stem_kernel_size or PUBLISHED_STEM[spatial_dims]
+        for label, size in (("kernel_size", kernel_size), ("stem_kernel_size", stem_kernel_size)):
+            if size < 1 or size % 2 == 0:
+                raise LightNetsError(f"U-Lite's {label} must be odd, got {size}")
+        strides = checked_strides("U-Lite", strides, len(channels) - 1, spatial_dims)
+        self.total_stride = total_stride(strides)
+        self.stem = CONVOLUTION[spatial_dims](
+            input_channels, channels[0], stem_kernel_size, padding=stem_kernel_size // 2
+        )
+        self.encoder = nn.ModuleList(
+            EncoderStage(shallow, deep, kernel_size, spatial_dims, stride)
+            for shallow, deep, stride in zip(channels[:-1], channels[1:], strides, strict=True)
+        )
+        self.bottleneck = Bottleneck(channels[-1], spatial_dims)
+        self.decoder = Decoder(channels, num_classes, kernel_size, spatial_dims, strides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, *spatial) of any size -> logits (B, classes, *spatial)."""
+        spatial = x.shape[2:]
+        x = self.stem(channels_last_on_cpu(pad_to_multiple(x, self.total_stride)))
+        skips = []
+        for stage in self.encoder:
+            x, skip = stage(x)
+            skips.append(skip)
+        return crop_to(self.decoder(self.bottleneck(x), skips), spatial)
+
+    def from_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' state dict under this network's names; keys unknown here stay as they are."""
+        depth = len(self.encoder)
+        ours = {
+            "conv_in": "stem",
+            "conv_out": "decoder.seg_layers.0",
+            "b5.pw1": "bottleneck.reduce",
+            "b5.bn": "bottleneck.norm",
+            "b5.pw2": "bottleneck.expand",
+        }
+        for branch in range(len(DILATIONS)):
+            for axis, letter in enumerate("hw"):
+                ours[f"b5.dw{branch + 1}.dw_{letter}"] = f"bottleneck.branches.{branch}.axes.{axis}"
+        for level in range(depth):
+            encoder, decoder = f"encoder.{level}", f"decoder.stages.{depth - 1 - level}"
+            ours[f"e{level + 1}.bn"] = f"{encoder}.norm"
+            ours[f"e{level + 1}.pw"] = f"{encoder}.pointwise"
+            ours[f"d{level + 1}.bn"] = f"{decoder}.norm"
+            ours[f"d{level + 1}.pw"] = f"{decoder}.reduce"
+            ours[f"d{level + 1}.pw2"] = f"{decoder}.pointwise"
+            for axis, letter in enumerate("hw"):
+                ours[f"e{level + 1}.dw.dw_{letter}"] = f"{encoder}.axial.axes.{axis}"
+                ours[f"d{level + 1}.dw.dw_{letter}"] = f"{decoder}.axial.axes.{axis}"
+        renamed = {}
+        for key, value in state_dict.items():
+            module, _, leaf = key.rpartition(".")
+            renamed[f"{ours.get(module, module)}.{leaf}"] = value
+        return renamed
