@@ -19,8 +19,8 @@ COMMANDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; their modules import nothing heavy before they run."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all subcommands; only the one called ``command`` is imported and brings its arguments."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_lightnets",
         description="Lightweight networks for nnU-Net. Training itself is nnU-Net's own command: "
@@ -30,15 +30,17 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, description) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=description, description=description)
-        module = importlib.import_module(module_name)
-        module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        if name == command:
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake is one line on stderr and exit code 2."""
-    args = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = build_parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return int(args.run(args))
     except LightNetsError as error:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nnunet_commands import ID, NNUNet, write_mni_blocks
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_COPIES = ROOT / "tests" / "golden"  # the small ones, kept in the repository
 GOLDEN = Path(os.environ.get("LIGHTNETS_GOLDEN", ROOT.parent / "shared" / "golden"))
@@ -62,3 +64,13 @@ def golden() -> Callable[[str], GoldenCase]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NNUNet:
+    """nnU-Net's folders with a small real data set, planned and preprocessed for 2d and 3d_fullres."""
+    pytest.importorskip("nilearn")
+    nnunet = NNUNet(tmp_path_factory.mktemp("nnU-Net folders"))  # a space in the path, as on many machines
+    write_mni_blocks(nnunet.raw)
+    nnunet.must("nnUNetv2_plan_and_preprocess", "-d", str(ID), "-c", "3d_fullres", "2d", "-np", "1")
+    return nnunet

@@ -12,18 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_commands import DATASET, ID, NNUNet, write_mni_blocks
+from nnunet_commands import DATASET, ID, NNUNet
 
 TRAINER = "nnUNetTrainerLightMUNetT_2epochs_5iters"
-
-
-@pytest.fixture(scope="module")
-def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NNUNet:
-    pytest.importorskip("nilearn")
-    nnunet = NNUNet(tmp_path_factory.mktemp("nnU-Net folders"))  # a space in the path, as on many machines
-    write_mni_blocks(nnunet.raw)
-    nnunet.must("nnUNetv2_plan_and_preprocess", "-d", str(ID), "-c", "3d_fullres", "2d", "-np", "1")
-    return nnunet
 
 
 @pytest.fixture(scope="module", params=["3d_fullres", "2d"])

@@ -54,7 +54,7 @@ def test_starting_python_imports_neither_torch_nor_nnunet() -> None:
 def test_importing_the_package_imports_neither_torch_nor_nnunet() -> None:
     code = (
         "import sys, nnunetv2_lightnets, nnunetv2_lightnets.trainers, nnunetv2_lightnets.cli;"
-        "nnunetv2_lightnets.cli.build_parser();"
+        "nnunetv2_lightnets.cli.build_parser('demo');"
         "print([m for m in ('torch', 'nnunetv2', 'numpy', 'triton') if m in sys.modules])"
     )
     assert run(code) == "[]"
