@@ -1,0 +1,15 @@
+"""Operators of the networks: selective scan, directional scans of images, causal convolution."""
+
+from nnunetv2_lightnets.ops.causal_conv1d import causal_conv1d
+from nnunetv2_lightnets.ops.scan_order import CROSS_SCAN, scan_order
+from nnunetv2_lightnets.ops.selective_scan import available_backends, directional_scan, selective_scan, use_backend
+
+__all__ = [
+    "CROSS_SCAN",
+    "available_backends",
+    "causal_conv1d",
+    "directional_scan",
+    "scan_order",
+    "selective_scan",
+    "use_backend",
+]

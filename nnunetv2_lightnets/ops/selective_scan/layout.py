@@ -1,0 +1,145 @@
+"""What the backends share: the chunk length, the compute dtype, and directional scans made of plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+"""Tokens between two states that the forward pass saves for the backward pass."""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Float64 for float64, else float32: half-precision inputs accumulate in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def n_chunks(length: int) -> int:
+    """Chunks in a sequence of ``length`` tokens; the last one may be short."""
+    return (length + CHUNK - 1) // CHUNK
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of ``x`` (B, D, L) are neighbours in memory."""
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of ``x`` (B, ..., L) in every direction's own order.
+
+    Args:
+        x: (B, D, L), shared by the directions, or (B, K, D, L), one for each.
+        order: (K, L), the image index of every direction's t-th token.
+
+    Returns:
+        (B, K, D, L), with channels as neighbours in memory where they are so in ``x``.
+    """
+    directions = [
+        # Rows of channels are copied as a whole when they are neighbours in memory.
+        source.transpose(1, 2).index_select(1, index).transpose(1, 2)
+        if is_channels_last(source)
+        else source.index_select(2, index)
+        for source, index in zip(_per_direction(x, order), order, strict=True)
+    ]
+    return torch.stack(directions, dim=1)
+
+
+def _per_direction(x: Tensor, order: Tensor) -> list[Tensor]:
+    return [x] * order.shape[0] if x.dim() == 3 else list(x.unbind(1))
+
+
+def put_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of :func:`take_tokens`: tokens of ``x`` (B, K, D, L) back in image order."""
+    inverse = torch.empty_like(order)
+    positions = torch.arange(order.shape[1], dtype=order.dtype, device=order.device).expand_as(order)
+    inverse.scatter_(1, order.long(), positions)
+    return take_tokens(x, inverse)
+
+
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor | None, ...]]
+DirectionalForward = Callable[..., tuple[Tensor, Tensor]]
+
+
+def directional_from_plain(forward: Forward, backward: Backward) -> tuple[DirectionalForward, Backward]:
+    """Directional scans by gathering, one plain scan with a group for each direction, and summing in image order."""
+
+    def fold(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        order: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """The arguments of the plain scan: (B, K * D, L) sequences, (B, K, N, L) inputs, and no gate."""
+        return (
+            take_tokens(u, order).flatten(1, 2),
+            take_tokens(delta, order).flatten(1, 2),
+            A.flatten(0, 1),
+            take_tokens(B, order),
+            take_tokens(C, order),
+            None if D is None else D.flatten(),
+            None,
+            None if delta_bias is None else delta_bias.flatten(),
+        )
+
+    def directional_forward(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        order: Tensor,
+        save_states: bool,
+    ) -> tuple[Tensor, Tensor]:
+        folded = fold(u, delta, A, B, C, D, delta_bias, order)
+        out, _, states = forward(*folded, delta_softplus, save_states)
+        directions = order.shape[0]
+        y = put_tokens(out.unflatten(1, (directions, -1)), order)  # (B, K, D, L)
+        if save_states:
+            # (B, chunk, N, K, D) -> (B, K, chunk, N, D)
+            shape = (u.shape[0], n_chunks(u.shape[2]), A.shape[2], directions, u.shape[1])
+            states = states.view(shape).permute(0, 3, 1, 2, 4).flatten()
+        return torch.empty_like(u).copy_(y.sum(1, dtype=compute_dtype(u))), states
+
+    def directional_backward(
+        grad_y: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        order: Tensor,
+        states: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        directions = order.shape[0]
+        folded = fold(u, delta, A, B, C, D, delta_bias, order)
+        # (B, K, chunk, N, D) -> (B, chunk, N, K, D)
+        shape = (u.shape[0], directions, n_chunks(u.shape[2]), A.shape[2], u.shape[1])
+        states = states.view(shape).permute(0, 2, 3, 1, 4).flatten()
+        grad_out = take_tokens(grad_y, order).flatten(1, 2)
+        gradients = backward(grad_out, None, *folded, delta_softplus, states)
+        du, ddelta, dA, dB, dC, dD, _, ddelta_bias = gradients
+        assert du is not None and ddelta is not None and dA is not None and dB is not None and dC is not None
+        return (
+            put_tokens(du.unflatten(1, (directions, -1)), order).sum(1, dtype=compute_dtype(u)).to(u.dtype),
+            put_tokens(ddelta.unflatten(1, (directions, -1)), order),
+            dA.view_as(A),
+            put_tokens(dB, order),
+            put_tokens(dC, order),
+            None if D is None or dD is None else dD.view_as(D),
+            None if delta_bias is None or ddelta_bias is None else ddelta_bias.view_as(delta_bias),
+        )
+
+    return directional_forward, directional_backward
