@@ -1,6 +1,9 @@
 """The networks. They know nothing of nnU-Net and can be used without it."""
 
+from nnunetv2_lightnets.networks.lightm_unet import LightMUNet
 from nnunetv2_lightnets.networks.registry import NetworkEntry, create_network, list_networks, network_entry
+from nnunetv2_lightnets.networks.swin_umamba import SwinUMamba
+from nnunetv2_lightnets.networks.swin_umamba_d import SwinUMambaD
 from nnunetv2_lightnets.networks.ulite import ULite
 from nnunetv2_lightnets.networks.ultralight_unet import UltraLightUNet
 
