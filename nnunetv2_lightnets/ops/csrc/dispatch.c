@@ -1,0 +1,74 @@
+/* What Python calls: one entry per operation, and the choice of an instruction set.
+ *
+ * setup.py defines LN_<SET> for each set it could compile. Names follow the x86-64 levels of the System V ABI.
+ */
+#include <string.h>
+
+#include "lightnets.h"
+
+#define DECLARE(set)                                                        \
+    int scan_forward_f32_##set(const ln_scan *), scan_forward_f64_##set(const ln_scan *);   \
+    int scan_backward_f32_##set(const ln_scan *), scan_backward_f64_##set(const ln_scan *); \
+    int conv_forward_f32_##set(const ln_conv *), conv_forward_f64_##set(const ln_conv *);   \
+    int conv_backward_f32_##set(const ln_conv *), conv_backward_f64_##set(const ln_conv *);
+#define KERNELS(label, set)                                                                                \
+    {label, {scan_forward_f32_##set, scan_forward_f64_##set}, {scan_backward_f32_##set, scan_backward_f64_##set}, \
+     {conv_forward_f32_##set, conv_forward_f64_##set}, {conv_backward_f32_##set, conv_backward_f64_##set}}
+
+DECLARE(baseline)
+#ifdef LN_AVX2
+DECLARE(avx2)
+#endif
+#ifdef LN_AVX512
+DECLARE(avx512)
+#endif
+
+/* The best first; the baseline runs everywhere. */
+static const ln_kernels sets[] = {
+#ifdef LN_AVX512
+    KERNELS("avx512", avx512),
+#endif
+#ifdef LN_AVX2
+    KERNELS("avx2", avx2),
+#endif
+    KERNELS("baseline", baseline),
+};
+enum { SETS = sizeof(sets) / sizeof(sets[0]) };
+
+static int runs_here(const char *name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+#endif
+    return !strcmp(name, "baseline");
+}
+
+/* Name of the i-th instruction set that this processor runs, the best first; NULL past the last. */
+LN_PUBLIC const char *ln_instruction_set(int64_t i) {
+    for (int set = 0; set < SETS; set++)
+        if (runs_here(sets[set].name) && i-- == 0) return sets[set].name;
+    return NULL;
+}
+
+static const ln_kernels *kernels = NULL;
+
+/* Chooses by name; 0 if this build or processor has it not. Not to be called while an operation runs. */
+LN_PUBLIC int ln_choose(const char *name) {
+    for (int set = 0; set < SETS; set++)
+        if (!strcmp(sets[set].name, name) && runs_here(name)) {
+            kernels = &sets[set];
+            return 1;
+        }
+    return 0;
+}
+
+LN_PUBLIC int64_t ln_chunk(void) { return LN_CHUNK; }
+
+/* `precision` is LN_FLOAT32 or LN_FLOAT64: of parameters, states and all arithmetic. */
+LN_PUBLIC int ln_scan_forward(const ln_scan *s, int64_t precision) { return kernels->scan_forward[precision](s); }
+LN_PUBLIC int ln_scan_backward(const ln_scan *s, int64_t precision) { return kernels->scan_backward[precision](s); }
+LN_PUBLIC int ln_conv_forward(const ln_conv *c, int64_t precision) { return kernels->conv_forward[precision](c); }
+LN_PUBLIC int ln_conv_backward(const ln_conv *c, int64_t precision) { return kernels->conv_backward[precision](c); }

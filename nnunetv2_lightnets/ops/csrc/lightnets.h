@@ -1,0 +1,79 @@
+/* What the library exports, and what its files share.
+ *
+ * No Python and no torch headers: the library is plain C behind ctypes, so one build serves every version of both.
+ * Each source named *_kernel.c is compiled once per instruction set and precision; dispatch.c picks at run time.
+ */
+#ifndef LIGHTNETS_H
+#define LIGHTNETS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define LN_PUBLIC __attribute__((visibility("default")))
+#else
+#error "needs the vector extensions of GCC or clang"
+#endif
+
+enum { LN_CHUNK = 64 }; /* tokens between two saved states; native.py and the operator know the same number */
+
+enum { LN_FLOAT32 = 0, LN_FLOAT64 = 1, LN_BFLOAT16 = 2, LN_FLOAT16 = 3 };
+
+enum { LN_OK = 0, LN_NO_MEMORY = 1, LN_NOT_A_PERMUTATION = 2 };
+
+/* A tensor by its strides, counted in elements. `outer` walks directions or groups, whichever the call has. */
+typedef struct {
+    void *data; /* NULL where the argument is not given */
+    int64_t batch, outer, channel, token;
+    int64_t dtype;
+} ln_tensor;
+
+/* Arguments of a scan. Parameters and states are dense, in the compute precision; R = directions * channels. */
+typedef struct {
+    int64_t batch, directions, groups, channels, length, states;
+    int64_t softplus, threads;
+    const int32_t *order; /* (directions, length): image index of each token; NULL: as they lie */
+
+    ln_tensor u, delta, z;  /* (batch, channels, length), delta: one per direction */
+    ln_tensor B, C;         /* (batch, groups or directions, states, length) */
+    const void *A;          /* (R, states) */
+    const void *D;          /* (R), may be NULL */
+    const void *delta_bias; /* (R), may be NULL */
+
+    ln_tensor out;
+    void *last_state;  /* (batch, channels, states), may be NULL; its gradient in the backward call */
+    void *checkpoints; /* (batch, directions, chunks, states, channels), may be NULL in the forward call */
+
+    /* The backward call alone. */
+    ln_tensor grad_out, du, ddelta, dz, dB, dC; /* dB and dC in the compute precision */
+    void *dA, *dD, *ddelta_bias;                /* as A, D, delta_bias */
+} ln_scan;
+
+/* Arguments of a causal depthwise convolution, y[l] = act(bias + sum_k weight[k] * x[l - width + 1 + k]). */
+typedef struct {
+    int64_t batch, channels, length, width;
+    int64_t silu, threads;
+    ln_tensor x, y;
+    const void *weight; /* (channels, width) */
+    const void *bias;   /* (channels), may be NULL */
+
+    /* The backward call alone. */
+    ln_tensor grad_y, dx;
+    void *dweight, *dbias;
+} ln_conv;
+
+/* Runs task(context, 0 .. tasks - 1, scratch) on at most `threads` threads; each has its own 64-byte aligned scratch.
+ * Tasks are handed out in order; which thread gets which is not defined. Returns LN_OK or LN_NO_MEMORY. */
+typedef void (*ln_task)(const void *context, int64_t task, void *scratch);
+int ln_parallel(int64_t threads, int64_t tasks, size_t scratch_bytes, ln_task task, const void *context);
+
+/* Kernels of one instruction set. */
+typedef struct {
+    const char *name;
+    int (*scan_forward[2])(const ln_scan *); /* float32, float64 */
+    int (*scan_backward[2])(const ln_scan *);
+    int (*conv_forward[2])(const ln_conv *);
+    int (*conv_backward[2])(const ln_conv *);
+} ln_kernels;
+
+#endif
