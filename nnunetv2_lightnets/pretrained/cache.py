@@ -1,0 +1,119 @@
+"""Where pretrained weights are kept, and the record of what was first put there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from nnunetv2_lightnets.errors import LightNetsError
+
+CACHE_VARIABLE = "NNUNET_LIGHTNETS_CACHE"
+# VMamba-Tiny, trained on ImageNet-1K without EMA (Liu et al., VMamba, arXiv:2401.10166v1; MIT licence). The same
+# file under two releases, as the project moved it; "%23" is the "#" of the release's name.
+VMAMBA_CHECKPOINT = "vssmtiny_dp01_ckpt_epoch_292.pth"
+VMAMBA_URLS = (
+    f"https://github.com/MzeroMiko/VMamba/releases/download/%2320240218/{VMAMBA_CHECKPOINT}",
+    f"https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/{VMAMBA_CHECKPOINT}",
+)
+VMAMBA_FILE = "vmamba_tiny_v0.safetensors"
+RECORD_FILE = "record.json"
+
+
+def cache_folder() -> Path:
+    """``$NNUNET_LIGHTNETS_CACHE``, or the user's cache folder of this system. It may not exist yet."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("nnunetv2_lightnets"))
+
+
+def vmamba_path() -> Path:
+    """Where ``nnUNetv2_lightnets weights`` puts VMamba-Tiny's weights, and pretrained trainers look for them."""
+    return cache_folder() / VMAMBA_FILE
+
+
+def two_ways_out() -> str:
+    """How to get VMamba-Tiny's weights, as the end of an error message."""
+    return (
+        "run `nnUNetv2_lightnets weights`, or where there is no internet download "
+        f"{VMAMBA_URLS[0]} elsewhere and run `nnUNetv2_lightnets weights --from FILE`"
+    )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file was when it was first seen: later it must be the same."""
+
+    size: int  # bytes
+    sha256: str
+    source: str  # address or file it came from
+    recorded: str  # UTC, ISO 8601
+
+    @classmethod
+    def of(cls, path: Path, source: str) -> FileRecord:
+        """Size and SHA-256 of the file at ``path``, recorded now."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(path.stat().st_size, sha256_of(path), source, now)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_records(folder: Path) -> dict[str, FileRecord]:
+    """The records of ``folder`` by file name; empty where none was made.
+
+    Raises:
+        LightNetsError: the record file is damaged.
+    """
+    path = folder / RECORD_FILE
+    try:
+        return {name: FileRecord(**fields) for name, fields in json.loads(path.read_text("utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LightNetsError(f"the record of downloaded weights {path} is damaged ({error}); delete it") from error
+
+
+def write_record(folder: Path, name: str, record: FileRecord) -> None:
+    """Add the record of the file ``name`` in ``folder``; the file on disk is always whole."""
+    records = {key: asdict(value) for key, value in (read_records(folder) | {name: record}).items()}
+    temporary = folder / f"{RECORD_FILE}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(records, indent=2) + "\n", "utf-8")
+        os.replace(temporary, folder / RECORD_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_file(path: Path, name: str | None = None, folder: Path | None = None) -> str:
+    """SHA-256 of the file at ``path``, which must be as recorded for ``name`` in ``folder``, where it is recorded.
+
+    Raises:
+        LightNetsError: the file is shorter than recorded, or another one.
+    """
+    folder = folder or path.parent
+    record = read_records(folder).get(name or path.name)
+    size = path.stat().st_size
+    if record and size < record.size:
+        raise LightNetsError(
+            f"{path} is truncated: {size:,} of {record.size:,} bytes; delete it, then {two_ways_out()}"
+        )
+    sha256 = sha256_of(path)
+    if record and sha256 != record.sha256:
+        raise LightNetsError(
+            f"{path} is not the file first used: its SHA-256 is {sha256}, the one recorded on {record.recorded} in "
+            f"{folder / RECORD_FILE} is {record.sha256}; delete the file, or the record if you trust the file, then "
+            f"{two_ways_out()}"
+        )
+    return sha256
