@@ -1,0 +1,95 @@
+"""The Mamba block: a gated selective state space model over a sequence of tokens.
+
+Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, section 3.4;
+https://github.com/state-spaces/mamba (Apache-2.0). Parameters have the names of that repository's ``Mamba`` module, so
+that checkpoints need no renaming.
+
+Tokens stay channels-last, (B, L, C), from the first projection to the last: a projection is then one matrix product
+over contiguous rows, and the convolution and the scan read the parts of its output as views.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunetv2_lightnets.ops import causal_conv1d, selective_scan
+
+
+class Mamba(nn.Module):
+    """Mamba block with a selective scan in one direction (first token to last).
+
+    Args:
+        d_model: channels C of the tokens.
+        d_state: size N of the state of each inner channel.
+        d_conv: taps of the causal convolution over the tokens.
+        expand: inner channels per channel of the tokens.
+
+    Under autocast the projections before the scan use the low precision; the scan and the output projection run in
+    float32, because the scan's output reaches values (about 1e6) that float16 does not hold.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self._init_dt()
+
+    def _init_dt(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+        """Draw the step sizes as the paper does (section 3.6): log-uniform in [dt_min, dt_max] after the softplus."""
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        dt = torch.empty(self.d_inner).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
+        return self.project_out(self.scan(*self.scan_inputs(tokens)))
+
+    def scan_inputs(self, tokens: Tensor, history: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan reads for tokens (B, L, C): u, delta (B, L, D), B, C (B, L, N) and the gate z (B, L, D).
+
+        The first ``history`` tokens are seen by the convolution only; nothing is returned for them.
+        """
+        x, z = self.in_proj(tokens).split(self.d_inner, dim=-1)
+        u = causal_conv1d(x.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        u = u.transpose(1, 2)[:, history:]
+        dt, b, c = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        return u, F.linear(dt, self.dt_proj.weight), b, c, z[:, history:]  # dt_proj's bias is added inside the scan
+
+    def scan(self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        """Gated output (B, L, D) of the selective scan, at least in float32."""
+        u, delta, b, c, z = (_at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
+        A, D, bias = (_at_least_float32(x) for x in (self.A_log, self.D, self.dt_proj.bias))
+        y = selective_scan(u, delta, -torch.exp(A), b, c, D, z, bias, delta_softplus=True)
+        return y.transpose(1, 2)
+
+    def project_out(self, y: Tensor) -> Tensor:
+        """Map the scan's output (B, L, D) to tokens (B, L, C), without autocast."""
+        with _full_precision(y):
+            return F.linear(y.to(self.out_proj.weight.dtype), self.out_proj.weight)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Context without autocast; nothing at all where autocast is off, so that exported graphs stay plain."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
