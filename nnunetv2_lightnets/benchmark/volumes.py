@@ -1,0 +1,91 @@
+"""Segmentations and images of a case, read as nnU-Net reads them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunetv2_lightnets.benchmark.cases import Case, Structure
+from nnunetv2_lightnets.errors import LightNetsError
+
+# Where a data set keeps the images of its labels.
+_RAW = "nnUNet_raw"  # nnU-Net's folder of raw data sets
+_IMAGES_OF = {"labelsTr": "imagesTr", "labelsTs": "imagesTs"}
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text: readers write pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def truth_file(case: Case, labels: Path | None) -> Path:
+    """The reference segmentation of a case: in the given folder, else where nnU-Net found it."""
+    name = case.prediction.name
+    return labels / name if labels is not None else case.truth
+
+
+def image_file(case: Case, truth: Path, images: Path | None) -> Path | None:
+    """The first channel of a case's image; None if it is not where nnU-Net keeps images.
+
+    Args:
+        case: the case.
+        truth: its reference segmentation.
+        images: folder of images; None looks beside the labels, and in nnUNet_raw for nnU-Net's gt_segmentations.
+    """
+    if images is None:
+        if truth.parent.name in _IMAGES_OF:
+            images = truth.parent.with_name(_IMAGES_OF[truth.parent.name])
+        elif truth.parent.name == "gt_segmentations" and (raw := os.environ.get(_RAW)):
+            images = Path(raw, truth.parent.parent.name, "imagesTr")
+        else:
+            return None
+    return next(iter(sorted(images.glob(f"{case.name}_0000.*"))), None)
+
+
+def read_segmentation(file: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
+    """A label map (Z, Y, X), or (Y, X) for 2D data and single slices, and its spacing in the same order.
+
+    Raises:
+        LightNetsError: the file cannot be read.
+    """
+    try:
+        segmentation, properties = _reader(file).read_seg(str(file))
+    except Exception as error:  # every reader has its own errors
+        raise LightNetsError(f"{file} cannot be read: {last_line(error)}") from error
+    spacing = tuple(float(s) for s in properties["spacing"])  # nnU-Net's order, that of the array
+    array = np.asarray(segmentation)[0]  # (1, Z, Y, X) -> (Z, Y, X)
+    if array.shape[0] == 1:
+        array, spacing = array[0], spacing[1:]
+    return array, spacing
+
+
+def read_image(file: Path) -> NDArray[np.float32]:
+    """An image for the eye, between 0 and 1: (Z, Y, X) or (Y, X), with a last axis of 3 for colour pictures.
+
+    Raises:
+        LightNetsError: the file cannot be read.
+    """
+    try:
+        image = np.asarray(_reader(file).read_images([str(file)])[0], dtype=np.float32)  # (C, Z, Y, X)
+    except Exception as error:  # every reader has its own errors
+        raise LightNetsError(f"{file} cannot be read: {last_line(error)}") from error
+    image = np.moveaxis(image, 0, -1) if image.shape[0] == 3 else image[0]  # (Z, Y, X) or (Z, Y, X, 3)
+    image = image[0] if image.shape[0] == 1 else image
+    low, high = np.percentile(image, (0.5, 99.5))
+    return np.asarray(np.clip((image - low) / max(high - low, 1e-6), 0, 1), dtype=np.float32)
+
+
+def _reader(file: Path) -> Any:
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
+
+    ending = ".nii.gz" if file.name.endswith(".nii.gz") else file.suffix
+    return determine_reader_writer_from_file_ending(ending, verbose=False)()
+
+
+def structure_mask(segmentation: NDArray[Any], structure: Structure) -> NDArray[np.bool_]:
+    """Voxels of a label or region."""
+    return np.isin(segmentation, structure)
