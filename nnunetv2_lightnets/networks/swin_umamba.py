@@ -12,7 +12,7 @@ first tables describe that one, and ``bottleneck_decoder=False`` builds it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,15 @@ from nnunetv2_lightnets.networks.vss import VSSMEncoder, check_2d_pyramid, crop_
 _SLOPE = 0.01  # of the leaky ReLUs
 
 
+def _instance_norm_channels_last(x: Tensor) -> Tensor:
+    """Instance norm as a group norm of one channel each, which PyTorch computes without leaving channels-last."""
+    return F.group_norm(x, x.shape[1])
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norms around a shortcut, which is a 1x1 convolution where channels change."""
+
+    norm: Callable[[Tensor], Tensor] = staticmethod(F.instance_norm)
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -36,9 +43,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W); H * W must exceed 1 in training."""
-        out = F.leaky_relu(F.instance_norm(self.conv1(x)), _SLOPE)
-        out = F.instance_norm(self.conv2(out))
-        shortcut = x if self.shortcut is None else F.instance_norm(self.shortcut(x))
+        out = F.leaky_relu(self.norm(self.conv1(x)), _SLOPE)
+        out = self.norm(self.conv2(out))
+        shortcut = x if self.shortcut is None else self.norm(self.shortcut(x))
         return F.leaky_relu(out + shortcut, _SLOPE)
 
 
@@ -151,11 +158,19 @@ class SwinUMamba(nn.Module):
         x = pad_to_multiple(x, (self.stride, self.stride))
         stem = self.stem(x)
         stages = self.vssm_encoder(stem, None if self.bottleneck_decoder else -1)
-        features = [x, stem, *(stage.permute(0, 3, 1, 2) for stage in stages)]
+        # PyTorch's instance norm works in this layout, and on a CPU the backward pass of convolutions prefers it.
+        features = [x, stem, *(stage.permute(0, 3, 1, 2).contiguous() for stage in stages)]
         skips = [skip(feature) for skip, feature in zip(self.skips, features, strict=False)]
         bottom = features[-1] if self.bottleneck_decoder else skips.pop()
         logits = crop_heads(self.decoder(bottom, skips), size, self.deep_supervision_scales)
         return logits if self.decoder.deep_supervision else logits[0]
+
+    def prepare_for_inference_(self) -> None:
+        """Take the instance norm that suits channels-last convolutions, the faster ones without backward on a CPU."""
+        if self.stem[0].weight.device.type == "cpu":
+            for module in self.modules():
+                if isinstance(module, ResidualBlock):
+                    module.norm = _instance_norm_channels_last
 
     def vmamba_keys(self) -> dict[str, str]:
         """From each key of VMamba's ImageNet checkpoint (first version) to the key here that starts from it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.networks.padding import pad_to_multiple
@@ -46,6 +47,14 @@ class PatchExpand(nn.Module):
         return out
 
 
+class Head(nn.Conv2d):
+    """1x1 convolution that takes channels-last maps, computed as what it is: a linear layer of each pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (B, H, W, in_channels) to logits (B, out_channels, H, W)."""
+        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class SwinUMambaDDecoder(nn.Module):
     """The decoder of VSS blocks and its heads.
 
@@ -73,7 +82,7 @@ class SwinUMambaDDecoder(nn.Module):
         self.stages = nn.ModuleList(
             VSSStage(c, rates[_BLOCKS * i : _BLOCKS * (i + 1)], d_state) for i, c in enumerate(fine)
         )
-        self.seg_layers = nn.ModuleList(nn.Conv2d(c, num_classes, 1) for c in (*fine, fine[-1]))
+        self.seg_layers = nn.ModuleList(Head(c, num_classes, 1) for c in (*fine, fine[-1]))
 
     def forward(self, stages: Sequence[Tensor]) -> list[Tensor]:
         """Logits from the encoder's ``stages`` (B, H, W, C), which go from fine to coarse, as do the logits."""
@@ -87,7 +96,7 @@ class SwinUMambaDDecoder(nn.Module):
         levels.append(self.expand_layers[-1](x))
         first = 0 if self.deep_supervision else len(levels) - 1
         heads = zip(self.seg_layers[first:], levels[first:], strict=True)
-        return [head(level.permute(0, 3, 1, 2)) for head, level in heads][::-1]
+        return [head(level) for head, level in heads][::-1]
 
 
 @register_network("swin_umamba_d", spatial_dims=(2,))

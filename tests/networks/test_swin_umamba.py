@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nnunetv2_lightnets import create_network
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.inference import prepare_for_inference
 from nnunetv2_lightnets.networks.swin_umamba import ResidualBlock, SwinUMamba, UpBlock
 from nnunetv2_lightnets.networks.vss import DropPath
 from nnunetv2_lightnets.pretrained import load_official
@@ -453,6 +454,18 @@ def test_exports(name: str) -> None:
     exported = torch.export.export(network, (x,)).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_the_copy_for_prediction_computes_the_same(name: str, deep_supervision: bool) -> None:
+    network = small(name, deep_supervision=deep_supervision).eval()
+    before = copy.deepcopy(network.state_dict())
+    prepared = prepare_for_inference(network)
+    x = torch.randn(1, 1, 40, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(x), network(x), rtol=0, atol=1e-4)
+    assert all((tensor == before[key]).all() for key, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,142 @@
+"""Swin-UMamba's and Swin-UMamba†'s recipe (Liu et al., arXiv:2402.03302, and its published code at 2c1f72e).
+
+The encoder starts from VMamba-Tiny's ImageNet weights and is frozen, but for its patch embedding, for 10 epochs.
+AdamW with one group for all parameters (norms and biases decay, too, as published), a cosine from 1e-4 to 1e-6 over
+all epochs, Dice and cross-entropy at four resolutions with weights .571, .286, .143 and 0 from fine to coarse. The
+weight 0 is nnU-Net's (1e-6 where several GPUs train without compilation, so that every parameter has a gradient).
+The published scores belong to epochs 100 to 350 of a schedule of 1000.
+
+The ``...Scratch`` twins start from random weights and freeze nothing; all else is the same. (The authors' twin of
+Swin-UMamba† also switches deep supervision off, so that their comparison changes two things at once.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnunetv2_lightnets.pretrained import load_vmamba, vmamba_path
+from nnunetv2_lightnets.training import LightNetsTrainer
+
+
+class CosineSchedule(LRScheduler):
+    """Half a cosine from the optimizer's learning rate at epoch 0 to ``final_lr`` at ``num_epochs``.
+
+    A function of the epoch alone, so that a resumed training goes on with the same values.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, num_epochs: int, final_lr: float) -> None:
+        self.num_epochs = num_epochs
+        self.final_lr = final_lr
+        super().__init__(optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the learning rate of ``epoch``; nnU-Net calls this at the start of each epoch."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        share = (1 + math.cos(math.pi * self.last_epoch / self.num_epochs)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.final_lr + (group["initial_lr"] - self.final_lr) * share
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class nnUNetTrainerSwinUMamba(LightNetsTrainer):
+    """Swin-UMamba as released, 59.9 M parameters, from ImageNet weights.
+
+    Attributes:
+        pretrained: start from ImageNet weights, and freeze what they cover for ``frozen_epochs``.
+        frozen_epochs: epochs for which the encoder does not move.
+    """
+
+    network_name = "swin_umamba"
+    deep_supervision = True
+    pretrained: ClassVar[bool] = True
+    frozen_epochs: ClassVar[int] = 10
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = 1e-4
+        self.weight_decay = 0.05
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """AdamW (eps 1e-5) on all parameters, also on those that are frozen at first, and the cosine schedule."""
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay, eps=1e-5
+        )
+        return optimizer, CosineSchedule(optimizer, self.num_epochs, final_lr=1e-6)
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss, and remember that the weights are random."""
+        super().initialize()
+        self._drawn_weights = self._weight_versions()
+
+    def _weight_versions(self) -> list[int]:
+        """Counters that torch raises at each change of a weight: equal lists mean that nothing was loaded."""
+        return [parameter._version for parameter in self.bare_network.parameters()]
+
+    def on_train_start(self) -> None:
+        """Load ImageNet weights into weights that are still random.
+
+        They are not where a checkpoint was loaded, to continue a training or by ``-pretrained_weights``.
+
+        Raises:
+            LightNetsError: if the ImageNet weights cannot be loaded; the message says how to get them.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        if self.pretrained and self._weight_versions() == self._drawn_weights:
+            self.print_to_log_file(str(load_vmamba(self.bare_network, vmamba_path())))
+        super().on_train_start()
+        if self.pretrained and self.current_epoch < self.frozen_epochs:
+            self.print_to_log_file(
+                f"The encoder but for its patch embedding is frozen before epoch {self.frozen_epochs}"
+            )
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The pretrained part of the encoder in the first epochs, nothing later."""
+        if not self.pretrained or self.current_epoch >= self.frozen_epochs:
+            return []
+        network = self.bare_network
+        return [network.get_parameter(name) for name in network.frozen_parameters()]  # type: ignore[operator]
+
+    def drop_gradients(self) -> None:
+        """Leave the frozen part without gradients."""
+        for parameter in self.frozen_parameters():
+            parameter.grad = None
+
+    def _get_deep_supervision_scales(self) -> list[list[float]]:
+        """The network's own scales, which the plan does not know, for each axis.
+
+        nnU-Net cannot make a target without pixels: a side keeps at least one.
+        """
+        scales: tuple[float, ...] = self.bare_network.deep_supervision_scales  # type: ignore[assignment]
+        sides = self.configuration_manager.patch_size
+        return [[scale if round(side * scale) else 1 / side for side in sides] for scale in scales]
+
+
+class nnUNetTrainerSwinUMambaScratch(nnUNetTrainerSwinUMamba):
+    """Swin-UMamba from random weights."""
+
+    pretrained = False
+
+
+class nnUNetTrainerSwinUMambaD(nnUNetTrainerSwinUMamba):
+    """Swin-UMamba† as released, 27.5 M parameters, from ImageNet weights."""
+
+    network_name = "swin_umamba_d"
+
+
+class nnUNetTrainerSwinUMambaDScratch(nnUNetTrainerSwinUMambaD):
+    """Swin-UMamba† from random weights."""
+
+    pretrained = False
