@@ -21,6 +21,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.inference import prepare_for_inference
 from nnunetv2_lightnets.networks.swin_umamba import ResidualBlock, SwinUMamba, UpBlock
 from nnunetv2_lightnets.networks.vss import DropPath
+from nnunetv2_lightnets.ops import available_backends
 from nnunetv2_lightnets.pretrained import load_official
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,6 +268,16 @@ def test_macs_are_those_of_the_papers_under_their_ways_of_counting(network: str,
     # Ours: two MACs for each token, channel and state, one for each token and channel, and no norms.
     assert computed.scan_ours == 2 * computed.scan_states + computed.scan_channels
     assert computed.total("ours") == computed.total("none") - computed.norms + computed.scan_ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_on_a_cpu_is_15_times_as_fast_as_with_the_textbook_scan(name: str) -> None:
+    if (reason := available_backends()["native"]) is not None:
+        pytest.skip(reason)
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "swin_umamba_forward.py"))
+    times = benchmark["forward_seconds"](name, 320, 3)
+    assert times["reference"] / times["native"] >= 15, times
 
 
 # Sizes

@@ -1,0 +1,93 @@
+"""Seconds of one forward pass of Swin-UMamba and Swin-UMamba† on this machine's CPU, for each way to scan.
+
+    python benchmarks/swin_umamba_forward.py [--size 320] [--repeats 5] [--threads N]
+
+writes ``benchmarks/results/swin_umamba_forward_cpu.csv``. Passes of the fast backends alternate, so that a busy moment
+of the machine hits them alike; the textbook loop (``reference``, what the authors' code runs without a GPU) takes
+about a minute and runs once, between them. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nnunetv2_lightnets import create_network
+from nnunetv2_lightnets.ops import available_backends, use_backend
+
+NETWORKS = ("swin_umamba", "swin_umamba_d")
+
+
+def seconds(network: nn.Module, x: torch.Tensor, backend: str) -> float:
+    """Time of one forward pass with one backend of the scan."""
+    with torch.no_grad(), use_backend(backend):
+        start = time.perf_counter()
+        network(x)
+        return time.perf_counter() - start
+
+
+def forward_seconds(name: str, size: int, repeats: int) -> dict[str, float]:
+    """Median time by backend, for one image of ``size`` x ``size`` pixels, one channel and 14 classes."""
+    network = create_network(name, spatial_dims=2, input_channels=1, num_classes=14).eval()
+    x = torch.randn(1, 1, size, size)
+    fast = [backend for backend in ("native", "torch") if available_backends()[backend] is None]
+    times: dict[str, list[float]] = {backend: [] for backend in (*fast, "reference")}
+    for backend in fast:
+        seconds(network, x, backend)  # first use: memory, kernels
+    for i in range(repeats):
+        for backend in fast:
+            times[backend].append(seconds(network, x, backend))
+        if i == repeats // 2:
+            times["reference"].append(seconds(network, x, "reference"))
+    return {backend: statistics.median(values) for backend, values in times.items()}
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=320, help="side of the image in pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes of the fast backends")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for name in NETWORKS:
+        times = forward_seconds(name, arguments.size, arguments.repeats)
+        rows += [
+            {
+                "network": name,
+                "image": f"1x{arguments.size}x{arguments.size}",
+                "backend": backend,
+                "seconds": f"{time_taken:.3g}",
+                "times faster than reference": f"{times['reference'] / time_taken:.1f}",
+                "threads": arguments.threads,
+                "processor": processor(),
+                "torch": torch.__version__,
+            }
+            for backend, time_taken in times.items()
+        ]
+    file = Path(__file__).parent / "results" / "swin_umamba_forward_cpu.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
