@@ -1,32 +1,208 @@
-"""Depthwise causal convolution along a sequence, as in front of Mamba's selective scan."""
+"""Depthwise causal convolution along a sequence, with SiLU, as in front of Mamba's selective scan.
+
+One operator of torch, as the scans are (see ``selective_scan/operator.py``), with two kernels: on CPUs the C kernel of
+the "native" backend, where it takes the call; else shifted multiply-adds, which keep channels-last memory as it is
+where torch's own convolution would transpose it, and save nothing for the backward pass but the input. On CUDA devices
+the package causal-conv1d takes its place where a real call to it answers.
+
+Forcing the scan backend "torch" or "reference" forces the shifted multiply-adds here.
+
+Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, figure 3.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops.library import define, define_backward
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend
+from nnunetv2_lightnets.ops.selective_scan.layout import compute_dtype, in_layout_of
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """Convolve every channel with its own kernel that sees this token and the ones before.
+    """Convolve every channel with a kernel of its own, which sees a token and those before it.
+
+    ``out[d, t] = activation(bias[d] + sum over k of weight[d, k] x[d, t - K + 1 + k])``, with zeros before the start.
+    Half precision is computed in float32.
 
     Args:
-        x: (B, D, L), any strides; the output keeps its memory layout.
+        x: (B, D, L), any strides.
         weight: (D, K); ``weight[:, -1]`` meets the token itself.
         bias: (D,).
         activation: None or "silu".
 
     Returns:
-        (B, D, L).
+        (B, D, L) in the dtype and memory layout of ``x``.
+
+    Raises:
+        LightNetsError: For shapes, dtypes or an activation that do not fit.
     """
     if activation not in (None, "silu"):
         raise LightNetsError(f"causal_conv1d: activation is {activation!r}; it must be None or 'silu'")
-    length, width = x.shape[2], weight.shape[1]
-    padded = F.pad(x, (width - 1, 0))
-    out = padded[:, :, :length] * weight[:, :1]
-    for tap in range(1, width):
-        out = out + padded[:, :, tap : tap + length] * weight[:, tap, None]
+    if x.dim() != 3 or not x.numel() or not x.is_floating_point():
+        raise LightNetsError(f"causal_conv1d: x is {x.dtype} {tuple(x.shape)}; it must be real (B, D, L), not empty")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:
+        raise LightNetsError(f"causal_conv1d: weight has shape {tuple(weight.shape)}, expected ({x.shape[1]}, any)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LightNetsError(f"causal_conv1d: bias has shape {tuple(bias.shape)}, expected ({x.shape[1]},)")
+    if x.is_cuda and not torch.compiler.is_compiling() and _package_takes(x, weight):
+        dtype = compute_dtype(x)
+        return _package()(x, weight.to(dtype), None if bias is None else bias.to(dtype), activation=activation)
+    return cast(Tensor, torch.ops.nnunetv2_lightnets.causal_conv1d(x, weight, bias, activation is not None))
+
+
+PACKAGE_DEVICE = "cuda"
+
+
+def _package() -> Callable[..., Tensor]:
+    return cast(Callable[..., Tensor], importlib.import_module("causal_conv1d").causal_conv1d_fn)
+
+
+@cache
+def package_unavailable() -> str | None:
+    """Why the package causal-conv1d cannot be used, None if it answers a small call and its gradient rightly."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        return _probe()
+    except (ImportError, AttributeError) as error:
+        return f"it cannot be imported ({error})"
+    except Exception as error:  # a broken build may fail in any way, and must only cost this kernel
+        return f"it fails on a small call ({type(error).__name__}: {error})"
+
+
+def _probe() -> str | None:
+    x = torch.linspace(-1, 1, 2 * 5 * 8, device=PACKAGE_DEVICE).view(2, 5, 8).transpose(1, 2)
+    weight = torch.linspace(-1, 1, 8 * 4, device=PACKAGE_DEVICE).view(8, 4).requires_grad_()
+    bias = torch.linspace(0, 1, 8, device=PACKAGE_DEVICE)
+    with torch.enable_grad():
+        out = _package()(x, weight, bias, activation="silu")
+        (dweight,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+    with torch.no_grad():
+        expected = _forward(x, weight, bias, True)
+        expected_dweight = _backward(torch.ones_like(out), x, weight, bias, True)[1]
+    if torch.allclose(out, expected, atol=1e-3) and torch.allclose(dweight, expected_dweight, atol=1e-3):
+        return None
+    return "it gives wrong results for a small call"
+
+
+def _package_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the package may be used, works, and reads such a tensor: rows of tokens, or aligned rows of channels."""
+    readable = x.stride(2) == 1 or (x.stride(1) == 1 and not any(n % 8 for n in (x.shape[1], x.stride(0), x.stride(2))))
+    return (
+        readable
+        and x.dtype != torch.float64
+        and 2 <= weight.shape[1] <= 4
+        and forced_backend() not in ("torch", "reference")
+        and package_unavailable() is None
+    )
+
+
+def _native() -> Any:
+    from nnunetv2_lightnets.ops.selective_scan import native
+
+    return native
+
+
+def _use_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and forced_backend() not in ("torch", "reference")
+        and _native().unavailable() is None
+        and _native().conv_refuses(x, weight, bias) is None
+    )
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Shifted multiply-adds, in the compute dtype."""
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    out = x * weight[:, -1:]
     if bias is not None:
-        out = out + bias[:, None]
-    return F.silu(out) if activation else out
+        out += bias.to(dtype)[:, None]
+    for shift in range(1, min(weight.shape[1], x.shape[2])):
+        out[:, :, shift:].addcmul_(x[:, :, :-shift], weight[:, -1 - shift, None])
+    return F.silu(out, inplace=True) if silu else out
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias, in the compute dtype; the value before SiLU is computed again."""
+    dtype = compute_dtype(x)
+    grad, x, weight = grad.to(dtype), x.to(dtype), weight.to(dtype)
+    if silu:
+        before = _forward(x, weight, bias, silu=False)
+        sigmoid = torch.sigmoid(before)
+        grad = grad * sigmoid * (1 + before * (1 - sigmoid))
+    dx = grad * weight[:, -1:]
+    dweight = torch.zeros_like(weight)
+    dweight[:, -1] = (grad * x).sum((0, 2))
+    for shift in range(1, min(weight.shape[1], x.shape[2])):
+        dx[:, :, :-shift].addcmul_(grad[:, :, shift:], weight[:, -1 - shift, None])
+        dweight[:, -1 - shift] = (grad[:, :, shift:] * x[:, :, :-shift]).sum((0, 2))
+    return dx, dweight, None if bias is None else grad.sum((0, 2))
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    if _use_native(x, weight, bias):
+        return in_layout_of(x, _native().causal_conv1d_forward(x, weight, bias, silu))
+    return in_layout_of(x, _forward(x, weight, bias, silu))
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _use_native(x, weight, bias):
+        gradients = _native().causal_conv1d_backward(grad, x, weight, bias, silu)
+    else:
+        gradients = _backward(grad, x, weight, bias, silu)
+    dx, dweight, dbias = gradients
+    return (
+        in_layout_of(x, dx),
+        in_layout_of(weight, dweight),
+        x.new_empty(0) if bias is None else in_layout_of(bias, dbias),
+    )
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.nnunetv2_lightnets.causal_conv1d_backward(grad, x, weight, bias, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None
+
+
+def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _conv_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
+    _conv,
+    _conv_fake,
+    _conv_setup,
+    _conv_grad,
+)
+define_backward(
+    "causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool silu) -> (Tensor, Tensor, Tensor)",
+    _conv_backward,
+    _conv_backward_fake,
+)

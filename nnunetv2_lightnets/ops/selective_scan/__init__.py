@@ -7,7 +7,7 @@ et al., "VMamba: Visual State Space Model", arXiv:2401.10166, section 4.2 (SS2D)
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -109,10 +109,8 @@ def selective_scan(
         raise LightNetsError(
             f"selective_scan: B has {B.shape[1]} groups for {channels} channels; their number must divide the channels"
         )
-    (u_cast, delta, B, C, z), (A, D, delta_bias) = _cast((u, delta, B, C, z), (A, D, delta_bias))
-    out, last_state, _ = torch.ops.nnunetv2_lightnets.selective_scan(
-        u_cast, delta, A, B, C, D, z, delta_bias, delta_softplus, _needs_grad(u, delta, A, B, C, D, z, delta_bias)
-    )
+    scan = _cast(u, delta, A, B, C, D, z, delta_bias)
+    out, last_state, _ = torch.ops.nnunetv2_lightnets.selective_scan(*scan, delta_softplus, _needs_grad(scan))
     out = out.to(u.dtype)
     return (out, last_state) if return_last_state else out
 
@@ -166,11 +164,10 @@ def directional_scan(
         raise LightNetsError(
             f"directional_scan: order is {order.dtype} on {order.device}; it must be torch.int32 on {u.device}"
         )
-    (u_cast, delta, B, C), (A, D, delta_bias) = _cast((u, delta, B, C), (A, D, delta_bias))
-    y, _ = torch.ops.nnunetv2_lightnets.directional_scan(
-        u_cast, delta, A, B, C, D, delta_bias, delta_softplus, order, _needs_grad(u, delta, A, B, C, D, delta_bias)
-    )
-    return y.to(u.dtype)
+    u_cast, delta, A, B, C, D, _, delta_bias = _cast(u, delta, A, B, C, D, None, delta_bias)
+    scan = (u_cast, delta, A, B, C, D, delta_bias)
+    y, _ = torch.ops.nnunetv2_lightnets.directional_scan(*scan, delta_softplus, order, _needs_grad(scan))
+    return cast(Tensor, y.to(u.dtype))
 
 
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
@@ -186,23 +183,36 @@ def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, .
 
 
 def _cast(
-    tokens: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Tensors with tokens in their widest dtype, parameters in the compute dtype."""
-    dtype = None
-    for tensor in (*tokens, *parameters):
+    for tensor in (u, delta, A, B, C, D, z, delta_bias):
         if tensor is not None and not tensor.is_floating_point():
             raise LightNetsError(f"selective scan: got {tensor.dtype}; arguments must be real floating-point tensors")
-    for tensor in tokens:
-        if tensor is not None:
-            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    dtype = u.dtype
+    for tensor in (delta, B, C, z):
+        if tensor is not None and tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return (
-        [None if tensor is None else tensor.to(dtype) for tensor in tokens],
-        [None if tensor is None else tensor.to(compute) for tensor in parameters],
+        u.to(dtype),
+        delta.to(dtype),
+        A.to(compute),
+        B.to(dtype),
+        C.to(dtype),
+        None if D is None else D.to(compute),
+        None if z is None else z.to(dtype),
+        None if delta_bias is None else delta_bias.to(compute),
     )
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether autograd will ask for gradients, so that states are worth saving."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

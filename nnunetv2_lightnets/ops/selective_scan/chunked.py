@@ -3,20 +3,22 @@
 A sequence is cut into chunks of 64 tokens. A block of neighbouring chunks is scanned together: the recurrence takes
 64 vectorised steps of all chunks at once, first with empty initial states, only to learn how each chunk ends, then,
 after these ends have been carried from chunk to chunk, with the right initial states. So the values are those of the
-textbook recurrence, made of the same products: only decays ``exp(delta * A)`` are multiplied, which lie in (0, 1],
-and nothing is divided, so nothing overflows however large ``delta * A`` is.
+textbook recurrence, made of the same products: only decays ``exp(delta * A)`` are multiplied, which lie in (0, 1] in
+a stable scan, and nothing is divided, so nothing overflows however large ``-delta * A`` is.
 
-Blocks follow each other, so the working memory is that of one block; beside it there are only the output and one state
-for every chunk. The backward pass takes the blocks from the last to the first, starting each from its saved states.
+Blocks follow each other, so the working memory is that of one block (decays and states of its tokens, computed once
+for both passes); beside it there are only the output and one state for every chunk. The backward pass takes the blocks
+from the last to the first, and computes their states again from the saved ones.
 
 Inside a block, tensors are (T, B, G, m, ...): T tokens of a chunk, G groups of channels, m chunks. The states'
-innermost dimension is the channels of a group, so that steps (one for each channel and token) and inputs (one for each
-state and token) both broadcast over long contiguous rows.
+innermost dimension is the X = D / G channels of a group, so that step sizes (one for each token and channel) and
+inputs (one for each token and state) both broadcast over long contiguous rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,10 +29,13 @@ from nnunetv2_lightnets.ops.selective_scan.layout import CHUNK, compute_dtype, d
 
 NAME = "torch"
 
-# States that one step of the recurrence updates at once: enough to hide the cost of calling an operation, few enough
-# that 64 of such steps stay in a CPU's caches.
+# States that one step of the recurrence updates at once: enough to hide what calling an operation costs, few enough
+# that the 64 steps of a block stay in a CPU's caches.
 WIDTH = {"cpu": 16 * 1024}
-WIDTH_ELSEWHERE = 1024 * 1024
+WIDTH_ELSEWHERE = 256 * 1024
+
+# Torch computes exp2 on CPUs in half the time of exp.
+LOG2_E = math.log2(math.e)
 
 
 def unavailable() -> str | None:
@@ -69,17 +74,17 @@ class _Block(NamedTuple):
         x = x[:, :, self.start : self.stop]
         if self.padding:
             x = F.pad(x, (0, self.padding))
-        x = x.unflatten(2, (self.chunks, self.steps)).unflatten(1, (groups, -1))  # (B, G, X, m, T)
+        x = x.view(x.shape[0], groups, -1, self.chunks, self.steps)  # (B, G, X, m, T)
         return x.permute(4, 0, 1, 3, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def store(self, x: Tensor, target: Tensor) -> None:
         """``x`` (T, B, G, m, X) into ``target`` (B, G * X, L)."""
-        target = target[:, :, self.start : self.stop].unflatten(1, (x.shape[2], -1))
+        target = target[:, :, self.start : self.stop]
         x = x.permute(1, 2, 4, 3, 0)  # (B, G, X, m, T)
         if self.padding:
-            target.copy_(x.flatten(3)[..., : self.stop - self.start])
+            target.copy_(x.reshape(*target.shape[:2], -1)[..., : self.stop - self.start])
         else:
-            target.unflatten(3, (self.chunks, self.steps)).copy_(x)
+            target.view(x.shape).copy_(x)
 
     def clear_padding(self, x: Tensor) -> None:
         """Zero the padded tokens of ``x`` (T, B, G, m, X), which all belong to the last chunk."""
@@ -87,44 +92,40 @@ class _Block(NamedTuple):
             x[self.steps - self.padding :, :, :, -1] = 0
 
 
-def _blocks(u: Tensor, state: int) -> Iterator[_Block]:
+def _blocks(u: Tensor, state: int) -> list[_Block]:
     batch, channels, length = u.shape
-    width = WIDTH.get(u.device.type, WIDTH_ELSEWHERE)
-    together = max(1, width // (batch * channels * state)) * CHUNK
-    for start in range(0, length, together):
-        stop = min(start + together, length)
-        yield _Block(start, stop, n_chunks(stop - start), min(CHUNK, stop - start))
+    together = WIDTH.get(u.device.type, WIDTH_ELSEWHERE) // (batch * channels * state)
+    if together < 4:
+        together = 1  # and no first pass: what it costs is more than what longer rows save
+    tokens = min(together * CHUNK, n_chunks(length) * CHUNK)
+    blocks = []
+    for start in range(0, length, tokens):
+        stop = min(start + tokens, length)
+        blocks.append(_Block(start, stop, n_chunks(stop - start), min(CHUNK, stop - start)))
+    return blocks
 
 
-class _Parameters(NamedTuple):
-    """The arguments that belong to channels, grouped, in the compute dtype."""
-
-    A: Tensor  # (G, 1, N, X)
-    D: Tensor | None  # (G, 1, X)
-    delta_bias: Tensor | None  # (G, 1, X)
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Channels (D, ...) as (G, 1, X, ...): the 1 is for the chunks of a block."""
+    return x.view(groups, 1, -1, *x.shape[1:])
 
 
-def _parameters(A: Tensor, D: Tensor | None, delta_bias: Tensor | None, groups: int) -> _Parameters:
-    return _Parameters(
-        A.unflatten(0, (groups, -1)).transpose(1, 2).unsqueeze(1).contiguous(),
-        None if D is None else D.unflatten(0, (groups, 1, -1)),
-        None if delta_bias is None else delta_bias.unflatten(0, (groups, 1, -1)),
-    )
-
-
-def _steps(block: _Block, delta: Tensor, parameters: _Parameters, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+def _steps(
+    block: _Block, delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Step sizes (T, B, G, m, X) before and after softplus; padded tokens take no step and so keep the state."""
-    raw = block.load(delta, parameters.A.shape[0], parameters.A.dtype)
-    if parameters.delta_bias is not None:
-        raw += parameters.delta_bias
+    raw = block.load(delta, groups, dtype)
+    if delta_bias is not None:
+        raw += _grouped(delta_bias, groups)
     step = F.softplus(raw) if delta_softplus else raw
     block.clear_padding(step)
     return raw, step
 
 
-def _total_decay(step: Tensor, A: Tensor) -> Tensor:
-    """By what each chunk as a whole multiplies its initial state: (B, G, m, N, X)."""
-    return torch.exp(step.sum(0).unsqueeze(-2) * A)
+def _states_of(block: _Block, buffer: Tensor) -> Tensor:
+    """Room for the states of a block, (T, B, G, m, N, X), in a buffer (T * m, B, G, N, X) for the largest block."""
+    room = buffer[: block.steps * block.chunks]
+    return room.view(block.steps, *buffer.shape[1:3], block.chunks, *buffer.shape[3:])
 
 
 def _scan(decays: Sequence[Tensor], states: Sequence[Tensor], initial: Tensor) -> None:
@@ -174,33 +175,38 @@ def forward(
     dtype = compute_dtype(u)
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
-    parameters = _parameters(A, D, delta_bias, groups)
+    A2 = _grouped(A * LOG2_E, groups).transpose(2, 3).contiguous()  # (G, 1, N, X)
     B, C = B.flatten(1, 2), C.flatten(1, 2)
+    blocks = _blocks(u, state)
+    decay_room = A.new_empty(blocks[0].chunks * blocks[0].steps, batch, groups, state, channels // groups)
+    h_room = torch.empty_like(decay_room)
     out = torch.empty_like(u)
     saved = A.new_empty(batch, n_chunks(length), state, channels) if save_states else A.new_empty(0)
-    h = A.new_zeros(batch, groups, state, channels // groups)
-    for block in _blocks(u, state):
-        _, step = _steps(block, delta, parameters, delta_softplus)
+    carried = A.new_zeros(batch, groups, state, channels // groups)
+    for block in blocks:
+        _, step = _steps(block, delta, delta_bias, delta_softplus, groups, dtype)
         x = block.load(u, groups, dtype)
-        decay = torch.exp_(step.unsqueeze(-2) * parameters.A)  # (T, B, G, m, N, X)
-        states = (step * x).unsqueeze(-2) * block.load(B, groups, dtype).unsqueeze(-1)
-        decays, history = decay.unbind(), states.unbind()
-        initial = h.unsqueeze(2)  # (B, G, m, N, X)
+        decay, h = _states_of(block, decay_room), _states_of(block, h_room)
+        torch.mul(step.unsqueeze(-2), A2, out=decay).exp2_()
+        torch.mul((step * x).unsqueeze(-2), block.load(B, groups, dtype).unsqueeze(-1), out=h)
+        decays, states = decay.unbind(), h.unbind()
+        initial = carried.unsqueeze(2)  # (B, G, m, N, X)
         if block.chunks > 1:
-            initial = _carry(_scan_end(decays[1:], history), _total_decay(step, parameters.A), h, range(block.chunks))
-        _scan(decays, history, initial)
-        h = states[-1, :, :, -1].clone()
-        y = (block.load(C, groups, dtype).unsqueeze(-2) @ states).squeeze(-2)  # (T, B, G, m, X)
-        if parameters.D is not None:
-            y += parameters.D * x
+            total = torch.exp2(step.sum(0).unsqueeze(-2) * A2)
+            initial = _carry(_scan_end(decays[1:], states), total, carried, range(block.chunks))
+        _scan(decays, states, initial)
+        carried = h[-1, :, :, -1].clone()  # (B, G, N, X)
+        y = (block.load(C, groups, dtype).unsqueeze(-2) @ h).squeeze(-2)  # (T, B, G, m, X)
+        if D is not None:
+            y += _grouped(D, groups) * x
         if z is not None:
             y *= F.silu(block.load(z, groups, dtype))
         block.store(y, out)
         if save_states:
             first = block.start // CHUNK
-            target = saved[:, first : first + block.chunks].unflatten(3, (groups, -1))  # (B, m, N, G, X)
-            target.copy_(initial.permute(0, 2, 3, 1, 4))
-    return out, h.transpose(2, 3).reshape(batch, channels, state), saved.flatten()
+            target = saved[:, first : first + block.chunks]  # (B, m, N, D)
+            target.view(*target.shape[:3], groups, -1).copy_(initial.permute(0, 2, 3, 1, 4))
+    return out, carried.transpose(2, 3).reshape(batch, channels, state), saved.flatten()
 
 
 def backward(
@@ -221,85 +227,93 @@ def backward(
     dtype = compute_dtype(u)
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
-    parameters = _parameters(A, D, delta_bias, groups)
+    A_grouped = _grouped(A, groups).transpose(2, 3).contiguous()  # (G, 1, N, X)
+    A2 = A_grouped * LOG2_E
     flat_B, flat_C = B.flatten(1, 2), C.flatten(1, 2)
-    # (B, G, chunk, N, X)
+    blocks = _blocks(u, state)
+    decay_room = A.new_empty(blocks[0].chunks * blocks[0].steps, batch, groups, state, channels // groups)
+    h_room, dh_room = torch.empty_like(decay_room), torch.empty_like(decay_room)
+    # (B, chunk, N, D) -> (B, G, chunk, N, X)
     saved = states.view(batch, n_chunks(length), state, groups, -1).permute(0, 3, 1, 2, 4)
 
-    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    dB, dC = torch.empty_like(flat_B), torch.empty_like(flat_C)
+    du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, flat_B, flat_C))
     dz = None if z is None else torch.empty_like(z)
-    dA = torch.zeros_like(parameters.A)
-    dD = None if parameters.D is None else torch.zeros_like(parameters.D)
-    dbias = None if parameters.delta_bias is None else torch.zeros_like(parameters.delta_bias)
+    dA = torch.zeros_like(A_grouped)
+    dD, dbias = torch.zeros_like(A[:, 0]), torch.zeros_like(A[:, 0])
     if grad_last_state is None:
         carried = A.new_zeros(batch, groups, state, channels // groups)
     else:
-        carried = grad_last_state.to(dtype).unflatten(1, (groups, -1)).transpose(2, 3).contiguous()
+        carried = grad_last_state.view(batch, groups, -1, state).transpose(2, 3).contiguous()
 
-    for block in reversed(list(_blocks(u, state))):
-        raw, step = _steps(block, delta, parameters, delta_softplus)
+    for block in reversed(blocks):
+        raw, step = _steps(block, delta, delta_bias, delta_softplus, groups, dtype)
         x, grad = block.load(u, groups, dtype), block.load(grad_out, groups, dtype)
         B_block, C_block = block.load(flat_B, groups, dtype), block.load(flat_C, groups, dtype)
-        decay = torch.exp_(step.unsqueeze(-2) * parameters.A)  # (T, B, G, m, N, X)
         first = block.start // CHUNK
         initial = saved[:, :, first : first + block.chunks].contiguous()  # (B, G, m, N, X)
-        h = (step * x).unsqueeze(-2) * B_block.unsqueeze(-1)
+        decay, h, dh = (_states_of(block, room) for room in (decay_room, h_room, dh_room))
+        torch.mul(step.unsqueeze(-2), A2, out=decay).exp2_()
+        torch.mul((step * x).unsqueeze(-2), B_block.unsqueeze(-1), out=h)
         decays = decay.unbind()
         _scan(decays, h.unbind(), initial)
 
         if z is not None and dz is not None:
-            y = (C_block.unsqueeze(-2) @ h).squeeze(-2)
-            if parameters.D is not None:
-                y += parameters.D * x
+            y = (C_block.unsqueeze(-2) @ h).squeeze(-2)  # (T, B, G, m, X)
+            if D is not None:
+                y += _grouped(D, groups) * x
             gate = block.load(z, groups, dtype)
             sigmoid = torch.sigmoid(gate)
             block.store(grad * y * sigmoid * (1 + gate * (1 - sigmoid)), dz)
             grad *= gate * sigmoid
-        block.store((h @ grad.unsqueeze(-1)).squeeze(-1), dC)
+        block.store(_over_channels(h, grad), dC)
 
-        # The same recurrence backwards: dh[t] = C[t] grad[t] + decay[t + 1] dh[t + 1].
-        dh = grad.unsqueeze(-2) * C_block.unsqueeze(-1)
-        last_to_first, later_decays = dh.unbind()[::-1], decays[:0:-1]
+        # The same recurrence from the last token to the first: dh[t] = C[t] grad[t] + decay[t + 1] dh[t + 1].
+        torch.mul(grad.unsqueeze(-2), C_block.unsqueeze(-1), out=dh)
+        later_decays, backwards = decays[:0:-1], dh.unbind()[::-1]
         entering = carried.unsqueeze(2)  # (B, G, m, N, X)
         if block.chunks > 1:
-            leaving = decay[0] * _scan_end(later_decays, last_to_first)
-            total = _total_decay(step, parameters.A)
+            total = torch.exp2(step.sum(0).unsqueeze(-2) * A2)
+            leaving = _scan_end(later_decays, backwards).mul_(decay[0])
             entering = _carry(leaving, total, carried, range(block.chunks)[::-1])
         dh[-1] += entering
-        _scan(later_decays, last_to_first[1:], dh[-1])
-        carried = decay[0, :, :, 0] * dh[0, :, :, 0]
+        _scan(later_decays, backwards[1:], dh[-1])
+        carried = decay[0, :, :, 0] * dh[0, :, :, 0]  # (B, G, N, X)
 
-        block.store((dh @ (step * x).unsqueeze(-1)).squeeze(-1), dB)
-        dinput = (B_block.unsqueeze(-2) @ dh).squeeze(-2)  # gradient of step * x
+        block.store(_over_channels(dh, step * x), dB)
+        dinput = (B_block.unsqueeze(-2) @ dh).squeeze(-2)  # (T, B, G, m, X), gradient of step * x
         dh *= decay
         dh[0] *= initial
-        dh[1:] *= h[:-1]  # now the gradient of the exponent step * A
-        dstep = dinput * x + (dh * parameters.A).sum(-2)
-        dA += (dh * step.unsqueeze(-2)).sum((0, 1, 3)).unsqueeze(1)
+        dh[1:] *= h[:-1]  # now the gradient of the exponent, step * A
+        dstep = torch.mul(dh, A_grouped, out=h).sum(-2).addcmul_(dinput, x)
+        dA += dh.mul_(step.unsqueeze(-2)).sum((0, 1, 3)).unsqueeze(1)
 
-        dx = dinput * step
-        if parameters.D is not None and dD is not None:
-            dx += grad * parameters.D
-            dD += (grad * x).sum((0, 1, 3)).unsqueeze(1)
+        dx = dinput.mul_(step)
+        if D is not None:
+            dx += grad * _grouped(D, groups)
+            dD += (grad * x).sum((0, 1, 3)).flatten()
         block.store(dx, du)
         if delta_softplus:
             dstep *= torch.where(raw > 20, 1.0, torch.sigmoid(raw))  # torch's softplus is linear above 20
         block.clear_padding(dstep)
-        if dbias is not None:
-            dbias += dstep.sum((0, 1, 3)).unsqueeze(1)
+        dbias += dstep.sum((0, 1, 3)).flatten()
         block.store(dstep, ddelta)
 
     return (
         du,
         ddelta,
-        dA.squeeze(1).transpose(1, 2).reshape(channels, state),
+        dA.transpose(2, 3).reshape(channels, state),
         dB.view_as(B),
         dC.view_as(C),
-        None if dD is None else dD.flatten(),
+        None if D is None else dD,
         dz,
-        None if dbias is None else dbias.flatten(),
+        None if delta_bias is None else dbias,
     )
+
+
+def _over_channels(h: Tensor, weight: Tensor) -> Tensor:
+    """Sum of ``h`` (T, B, G, m, N, X) over channels by ``weight`` (T, B, G, m, X): (T, B, G, m, N)."""
+    # Not h @ weight: matrix times vector is several times slower in MKL's batched products.
+    return (weight.unsqueeze(-2) @ h.transpose(-1, -2)).squeeze(-2)
 
 
 directional_forward, directional_backward = directional_from_plain(forward, backward)

@@ -202,7 +202,7 @@ def choose(
                 f"force another, or none (use_backend, {ENVIRONMENT_VARIABLE})"
             )
         return _announce(backend, u.device.type, "forced")
-    refusals = []
+    refusals: list[str] = []
     for name in _PREFERRED.get(u.device.type, _PREFERRED_ELSEWHERE):
         backend = _find(name)
         refusal = backend if isinstance(backend, str) else backend.refuses(u, delta, A, B, C, D, z, delta_bias)

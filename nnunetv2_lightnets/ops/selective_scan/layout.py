@@ -21,6 +21,14 @@ def n_chunks(length: int) -> int:
     return (length + CHUNK - 1) // CHUNK
 
 
+def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    """``result`` in the dtype and memory layout of ``torch.empty_like(like)``, copied only where it is not so."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if result.dtype == like.dtype and result.stride() == strides:
+        return result
+    return torch.empty_like(like).copy_(result)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of ``x`` (B, D, L) are neighbours in memory."""
     return x.stride(1) == 1 and x.shape[1] > 1
@@ -103,7 +111,7 @@ def directional_from_plain(forward: Forward, backward: Backward) -> tuple[Direct
         folded = fold(u, delta, A, B, C, D, delta_bias, order)
         out, _, states = forward(*folded, delta_softplus, save_states)
         directions = order.shape[0]
-        y = put_tokens(out.unflatten(1, (directions, -1)), order)  # (B, K, D, L)
+        y = put_tokens(torch.unflatten(out, 1, (directions, -1)), order)  # (B, K, D, L)
         if save_states:
             # (B, chunk, N, K, D) -> (B, K, chunk, N, D)
             shape = (u.shape[0], n_chunks(u.shape[2]), A.shape[2], directions, u.shape[1])
@@ -133,8 +141,8 @@ def directional_from_plain(forward: Forward, backward: Backward) -> tuple[Direct
         du, ddelta, dA, dB, dC, dD, _, ddelta_bias = gradients
         assert du is not None and ddelta is not None and dA is not None and dB is not None and dC is not None
         return (
-            put_tokens(du.unflatten(1, (directions, -1)), order).sum(1, dtype=compute_dtype(u)).to(u.dtype),
-            put_tokens(ddelta.unflatten(1, (directions, -1)), order),
+            put_tokens(torch.unflatten(du, 1, (directions, -1)), order).sum(1, dtype=compute_dtype(u)).to(u.dtype),
+            put_tokens(torch.unflatten(ddelta, 1, (directions, -1)), order),
             dA.view_as(A),
             put_tokens(dB, order),
             put_tokens(dC, order),

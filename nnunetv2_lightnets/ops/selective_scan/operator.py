@@ -1,42 +1,24 @@
-"""The scans as operators of torch: autograd, fake kernels and FLOP formulas, for eager and compiled code alike.
+"""The scans as operators of torch: autograd, fake kernels and backends behind them, for eager and compiled code alike.
 
-An operator picks its backend when it runs, so that one operator serves every device, and a traced or compiled graph
-holds one node for the whole scan. Operators are strict where the public functions are lenient: they take exactly the
-dtypes that the backends read, so that no half-precision tensor is ever read as something else under autocast.
-
-They are defined through ``torch.library.Library``: an operator of ``torch.library.custom_op`` costs twice as long to
-call, and seconds at the first call, in which it imports the compiler.
+Operators are strict where the public functions are lenient: they take exactly the dtypes that the backends read, so
+that no half-precision tensor is ever read as something else under autocast.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.ops.selective_scan.dispatch import choose, forced_backend
-from nnunetv2_lightnets.ops.selective_scan.flops import register_flop_formulas
-from nnunetv2_lightnets.ops.selective_scan.layout import compute_dtype, n_chunks
+from nnunetv2_lightnets.ops.library import define, define_backward
+from nnunetv2_lightnets.ops.selective_scan.dispatch import Backend, choose, forced_backend
+from nnunetv2_lightnets.ops.selective_scan.layout import compute_dtype, in_layout_of, n_chunks
 
-NAMESPACE = "nnunetv2_lightnets"
-
-_library = torch.library.Library(NAMESPACE, "DEF")
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 _DIRECTIONAL = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
-_GRADIENTS_OF_SCAN = "Tensor, " * 7 + "Tensor"
-_GRADIENTS_OF_DIRECTIONAL = "Tensor, " * 6 + "Tensor"
-
-for _schema in (
-    f"selective_scan({_SCAN}, bool delta_softplus, bool save_states) -> (Tensor, Tensor, Tensor)",
-    f"selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, {_SCAN}, bool delta_softplus, Tensor states, "
-    f"str backend) -> ({_GRADIENTS_OF_SCAN})",
-    f"directional_scan({_DIRECTIONAL}, bool delta_softplus, Tensor order, bool save_states) -> (Tensor, Tensor)",
-    f"directional_scan_backward(Tensor grad_y, {_DIRECTIONAL}, bool delta_softplus, Tensor order, Tensor states, "
-    f"str backend) -> ({_GRADIENTS_OF_DIRECTIONAL})",
-):
-    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
 
 def _check(u: Tensor, tokens: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...]) -> None:
@@ -56,16 +38,25 @@ def _check(u: Tensor, tokens: tuple[Tensor | None, ...], parameters: tuple[Tenso
             )
 
 
-def _laid_out(result: Tensor | None, like: Tensor | None, u: Tensor) -> Tensor:
-    """A result in the memory layout of ``like``, as the fake kernels promise; an empty tensor where there is none."""
-    if like is None:
-        return u.new_empty(0)
-    if result is None:
-        return torch.zeros_like(like)
-    strides = torch.empty_like(like, device="meta").stride()
-    if result.stride() == strides:
-        return result
-    return torch.empty_like(like, dtype=result.dtype).copy_(result)
+def _gradients(results: tuple[Tensor | None, ...], arguments: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Gradients as the fake kernels promise them: laid out as their arguments, and empty tensors for absent ones."""
+    nothing = arguments[0].new_empty if arguments[0] is not None else torch.empty
+    return tuple(
+        nothing(0) if argument is None or result is None else in_layout_of(argument, result)
+        for result, argument in zip(results, arguments, strict=True)
+    )
+
+
+def _holds_no_states(states: Tensor, backend: Backend) -> bool:
+    """Whether ``backend`` must compute the states of a forward pass itself.
+
+    So it is where that pass did not know that gradients would be asked for, and where mamba-ssm, which has none to
+    give, computed it, but does not compute the gradients.
+    """
+    if not states.numel():
+        return True
+    mamba_ssm = sys.modules.get("nnunetv2_lightnets.ops.selective_scan.mamba_ssm")
+    return mamba_ssm is not None and backend.NAME != mamba_ssm.NAME and mamba_ssm.holds_no_states(states)
 
 
 def _scan(
@@ -83,7 +74,7 @@ def _scan(
     _check(u, (delta, B, C, z), (A, D, delta_bias))
     scan = (u, delta, A, B, C, D, z, delta_bias)
     out, last_state, states = choose(forced_backend(), *scan).forward(*scan, delta_softplus, save_states)
-    return _laid_out(out, u, u), last_state.contiguous(), states
+    return in_layout_of(u, out), last_state.contiguous(), states
 
 
 def _scan_fake(
@@ -146,10 +137,10 @@ def _scan_backward(
     _check(u, (grad_out, delta, B, C, z), (A, D, delta_bias, grad_last_state, states))
     scan = (u, delta, A, B, C, D, z, delta_bias)
     chosen = choose(backend or forced_backend(), *scan)
-    if not states.numel():  # the forward pass did not know that gradients would be asked for
+    if _holds_no_states(states, chosen):
         states = chosen.forward(*scan, delta_softplus, True)[2]
     gradients = chosen.backward(grad_out, grad_last_state, *scan, delta_softplus, states)
-    return tuple(_laid_out(gradient, like, u) for gradient, like in zip(gradients, scan, strict=True))
+    return _gradients(gradients, scan)
 
 
 def _scan_backward_fake(
@@ -186,7 +177,7 @@ def _directional(
     scan = (u, delta, A, B, C, D, delta_bias)
     chosen = choose(forced_backend(), u, delta, A, B, C, D, None, delta_bias)
     y, states = chosen.directional_forward(*scan, delta_softplus, order, save_states)
-    return _laid_out(y, u, u), states
+    return in_layout_of(u, y), states
 
 
 def _directional_fake(
@@ -240,10 +231,10 @@ def _directional_backward(
     _check(u, (grad_y, delta, B, C), (A, D, delta_bias, states))
     scan = (u, delta, A, B, C, D, delta_bias)
     chosen = choose(backend or forced_backend(), u, delta, A, B, C, D, None, delta_bias)
-    if not states.numel():  # the forward pass did not know that gradients would be asked for
+    if _holds_no_states(states, chosen):
         states = chosen.directional_forward(*scan, delta_softplus, order, True)[1]
     gradients = chosen.directional_backward(grad_y, *scan, delta_softplus, order, states)
-    return tuple(_laid_out(gradient, like, u) for gradient, like in zip(gradients, scan, strict=True))
+    return _gradients(gradients, scan)
 
 
 def _directional_backward_fake(
@@ -263,29 +254,29 @@ def _directional_backward_fake(
     return tuple(u.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, A, B, C, D, delta_bias))
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise LightNetsError(
-        "selective scan: gradients of gradients are not available; call backward without create_graph=True"
-    )
-
-
-for _name, _kernel, _fake, _setup, _gradient in (
-    ("selective_scan", _scan, _scan_fake, _scan_setup, _scan_grad),
-    ("selective_scan_backward", _scan_backward, _scan_backward_fake, _no_setup, _refuse_double_backward),
-    ("directional_scan", _directional, _directional_fake, _directional_setup, _directional_grad),
-    (
-        "directional_scan_backward",
-        _directional_backward,
-        _directional_backward_fake,
-        _no_setup,
-        _refuse_double_backward,
-    ),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradient, setup_context=_setup, lib=_library)
-register_flop_formulas(NAMESPACE)
+define(
+    f"selective_scan({_SCAN}, bool delta_softplus, bool save_states) -> (Tensor, Tensor, Tensor)",
+    _scan,
+    _scan_fake,
+    _scan_setup,
+    _scan_grad,
+)
+define_backward(
+    f"selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, {_SCAN}, bool delta_softplus, Tensor states, "
+    f"str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _scan_backward,
+    _scan_backward_fake,
+)
+define(
+    f"directional_scan({_DIRECTIONAL}, bool delta_softplus, Tensor order, bool save_states) -> (Tensor, Tensor)",
+    _directional,
+    _directional_fake,
+    _directional_setup,
+    _directional_grad,
+)
+define_backward(
+    f"directional_scan_backward(Tensor grad_y, {_DIRECTIONAL}, bool delta_softplus, Tensor order, Tensor states, "
+    f"str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _directional_backward,
+    _directional_backward_fake,
+)

@@ -148,7 +148,7 @@ def backward(
         grad_step = grad_step * torch.where(raw > 20, 1.0, torch.sigmoid(raw))  # torch's softplus is linear above 20
 
     def per_group(per_channel: Tensor, like: Tensor) -> Tensor:
-        grouped = per_channel.unflatten(2, (like.shape[1], -1)).sum(3)  # (L, B, G, N)
+        grouped = torch.unflatten(per_channel, 2, (like.shape[1], -1)).sum(3)  # (L, B, G, N)
         return grouped.permute(1, 2, 3, 0).to(like.dtype)
 
     return (
