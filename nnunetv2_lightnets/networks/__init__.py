@@ -1,5 +1,6 @@
 """The networks. They know nothing of nnU-Net and can be used without it."""
 
+from nnunetv2_lightnets.networks.inference import prepare_for_inference
 from nnunetv2_lightnets.networks.lightm_unet import LightMUNet
 from nnunetv2_lightnets.networks.registry import NetworkEntry, create_network, list_networks, network_entry
 from nnunetv2_lightnets.networks.swin_umamba import SwinUMamba
@@ -7,4 +8,4 @@ from nnunetv2_lightnets.networks.swin_umamba_d import SwinUMambaD
 from nnunetv2_lightnets.networks.ulite import ULite
 from nnunetv2_lightnets.networks.ultralight_unet import UltraLightUNet
 
-__all__ = ["NetworkEntry", "create_network", "list_networks", "network_entry"]
+__all__ = ["NetworkEntry", "create_network", "list_networks", "network_entry", "prepare_for_inference"]

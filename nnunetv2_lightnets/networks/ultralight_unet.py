@@ -11,18 +11,22 @@ for "UltraLightUNet3D-M"; it is an approximation of that network, not a reproduc
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
     BatchNorm,
+    Convolution,
     channels_last_on_cpu,
     checked_strides,
     max_pool,
@@ -43,9 +47,9 @@ ATTENTION_RATIOS = (4, 8, 16, 16, 16)  # of the channel attentions, by the level
 SPATIAL_ATTENTION_KERNEL = 7
 
 
-def _norm_free_convolution(
+def _unbiased_convolution(
     spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
-) -> nn.Conv2d | nn.Conv3d:
+) -> Convolution:
     return CONVOLUTION[spatial_dims](
         in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False
     )
@@ -59,7 +63,7 @@ class DepthwiseBranch(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, spatial_dims: int) -> None:
         super().__init__()
-        self.convolution = _norm_free_convolution(spatial_dims, channels, channels, kernel_size, groups=channels)
+        self.convolution = _unbiased_convolution(spatial_dims, channels, channels, kernel_size, groups=channels)
         self.norm = BatchNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,6 +71,41 @@ class DepthwiseBranch(nn.Module):
         weight = self.convolution.weight
         y = x * weight.transpose(0, 1) if weight[0].numel() == 1 else self.convolution(x)
         return F.relu6(self.norm(y), inplace=True)
+
+    def prepared(self) -> PreparedBranch | PreparedAffineBranch:
+        """The same for prediction."""
+        if self.convolution.weight[0].numel() > 1:
+            return PreparedBranch(fold_norm(self.convolution, self.norm))
+        scale, shift = norm_as_affine(self.norm)
+        return PreparedAffineBranch(scale * self.convolution.weight.flatten(), shift, self.convolution.weight.ndim)
+
+
+class PreparedBranch(nn.Module):
+    """Depthwise convolution and ReLU6, in place."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, *spatial) -> the same shape."""
+        return F.relu6(self.convolution(x), inplace=True)
+
+
+class PreparedAffineBranch(nn.Module):
+    """A branch of one-voxel kernels: scale and shift per channel, and ReLU6."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor, ndim: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.view(1, -1, *[1] * (ndim - 2)))
+        self.register_buffer("shift", shift.view(1, -1, *[1] * (ndim - 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, *spatial) -> the same shape."""
+        return F.relu6(torch.addcmul(self.shift, x, self.scale), inplace=True)
 
 
 class MultiKernelBlock(nn.Module):
@@ -82,14 +121,14 @@ class MultiKernelBlock(nn.Module):
         super().__init__()
         hidden = in_channels * expansion
         self.groups = math.gcd(hidden, out_channels)
-        self.expand = _norm_free_convolution(spatial_dims, in_channels, hidden)
+        self.expand = _unbiased_convolution(spatial_dims, in_channels, hidden)
         self.expand_norm = BatchNorm(hidden)
         self.branches = nn.ModuleList(DepthwiseBranch(hidden, kernel, spatial_dims) for kernel in kernel_sizes)
-        self.project = _norm_free_convolution(spatial_dims, hidden, out_channels)
+        self.project = _unbiased_convolution(spatial_dims, hidden, out_channels)
         self.project_norm = BatchNorm(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
-            self.shortcut = _norm_free_convolution(spatial_dims, in_channels, out_channels)
+            self.shortcut = _unbiased_convolution(spatial_dims, in_channels, out_channels)
 
     def unshuffled_projection(self) -> Tensor:
         """The projection's weight (C', C, *ones) for channels that were not shuffled."""
@@ -104,8 +143,43 @@ class MultiKernelBlock(nn.Module):
         for branch in self.branches[1:]:
             mixed = mixed + branch(hidden)
         convolve = F.conv2d if x.ndim == 4 else F.conv3d
-        projected = self.project_norm(convolve(mixed, self.unshuffled_projection()))
-        return self.shortcut(x) + projected  # type: ignore[no-any-return]
+        out: Tensor = self.project_norm(convolve(mixed, self.unshuffled_projection())) + self.shortcut(x)
+        return out
+
+    def prepared(self) -> PreparedMultiKernelBlock:
+        """The same for prediction."""
+        branches: list[Any] = list(self.branches)
+        project = copy.deepcopy(self.project)
+        project.weight.copy_(self.unshuffled_projection())
+        return PreparedMultiKernelBlock(
+            fold_norm(self.expand, self.expand_norm),
+            [branch.prepared() for branch in branches],
+            fold_norm(project, self.project_norm),
+            self.shortcut,
+        )
+
+
+class PreparedMultiKernelBlock(nn.Module):
+    """A multi-kernel block whose norms are folded, and whose sums are made in place."""
+
+    def __init__(
+        self, expand: nn.Module, branches: Sequence[nn.Module], project: nn.Module, shortcut: nn.Module
+    ) -> None:
+        super().__init__()
+        self.expand = expand
+        self.branches = nn.ModuleList(branches)
+        self.project = project
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, *spatial) -> (B, C', *spatial)."""
+        hidden = F.relu6(self.expand(x), inplace=True)
+        mixed = self.branches[0](hidden)
+        for branch in self.branches[1:]:
+            mixed += branch(hidden)
+        out: Tensor = self.project(mixed)
+        out += self.shortcut(x)
+        return out
 
 
 class ChannelAttention(nn.Module):
@@ -114,8 +188,8 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, ratio: int, spatial_dims: int) -> None:
         super().__init__()
         hidden = max(1, channels // ratio)
-        self.squeeze = _norm_free_convolution(spatial_dims, channels, hidden)
-        self.excite = _norm_free_convolution(spatial_dims, hidden, channels)
+        self.squeeze = _unbiased_convolution(spatial_dims, channels, hidden)
+        self.excite = _unbiased_convolution(spatial_dims, hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> weights (B, C, *ones)."""
@@ -129,7 +203,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, spatial_dims: int) -> None:
         super().__init__()
-        self.convolution = _norm_free_convolution(spatial_dims, 2, 1, SPATIAL_ATTENTION_KERNEL)
+        self.convolution = _unbiased_convolution(spatial_dims, 2, 1, SPATIAL_ATTENTION_KERNEL)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> weights (B, 1, *spatial)."""
@@ -156,6 +230,47 @@ class AttentionGate(nn.Module):
         """``decoded`` and ``skip`` (B, C, *spatial) -> the weighted skip connection, of the same shape."""
         found = F.relu(self.query_norm(self.query(decoded)) + self.key_norm(self.key(skip)), inplace=True)
         return skip * torch.sigmoid(self.weigh_norm(self.weigh(found)))
+
+    def prepared(self) -> PreparedAttentionGate:
+        """The same for prediction."""
+        return PreparedAttentionGate(
+            fold_norm(self.query, self.query_norm),
+            fold_norm(self.key, self.key_norm),
+            fold_norm(self.weigh, self.weigh_norm),
+        )
+
+
+class PreparedAttentionGate(nn.Module):
+    """An attention gate whose convolutions of channel pairs are depthwise, which torch has fast kernels for."""
+
+    def __init__(self, query: Convolution, key: Convolution, weigh: Convolution) -> None:
+        super().__init__()
+        assert query.bias is not None and key.bias is not None
+        self.pairs = query.groups > 1
+        self.bias = nn.Parameter((query.bias + key.bias).view(1, -1, *[1] * (query.weight.ndim - 2)))
+        self.query = _unbiased(query, depthwise=self.pairs)
+        self.key = _unbiased(key, depthwise=self.pairs)
+        self.weigh = weigh
+
+    def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
+        """``decoded`` and ``skip`` (B, C, *spatial) -> the weighted skip connection, of the same shape."""
+        found: Tensor = self.query(decoded)
+        found += self.key(skip)
+        if self.pairs:
+            found = found[:, 0::2] + found[:, 1::2]
+        weight: Tensor = self.weigh(F.relu(found.add_(self.bias), inplace=True))
+        return skip * weight.sigmoid_()
+
+
+def _unbiased(convolution: Convolution, depthwise: bool) -> Convolution:
+    """``convolution`` without its bias; if ``depthwise``, its products not yet summed over each pair of channels."""
+    channels = convolution.in_channels
+    changed = copy.deepcopy(convolution)
+    changed.bias = None
+    if depthwise:
+        changed.out_channels = changed.groups = channels
+        changed.weight = nn.Parameter(convolution.weight.reshape(channels, 1, *convolution.kernel_size))
+    return changed
 
 
 class DecoderStage(nn.Module):
@@ -327,6 +442,17 @@ class UltraLightUNet(nn.Module):
             x = max_pool(stage(x), stride)
             skips.append(x)
         return crop_to(self.decoder(x, skips[:-1]), spatial)
+
+    def prepare_for_inference_(self) -> None:
+        """Rewrite this network for prediction, see ``prepare_for_inference``."""
+        encoder: list[Any] = list(self.encoder)
+        decoder: list[Any] = list(self.decoder.stages)
+        for level, stage in enumerate(encoder):
+            self.encoder[level] = nn.Sequential(*(block.prepared() for block in stage))
+        for stage in decoder:
+            stage.block = stage.block.prepared()
+            if stage.gate is not None:
+                stage.gate = stage.gate.prepared()
 
     def from_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The authors' state dict under this network's names; keys unknown here stay as they are.
