@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,11 +21,15 @@ from torch import nn
 
 from nnunetv2_lightnets import __version__
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.freezing import backward
 from nnunetv2_lightnets.networks import create_network, list_networks, network_entry
+from nnunetv2_lightnets.networks.inference import PredictionNetwork
 
 # Under automatic mixed precision single steps may overflow: the gradient scaler skips them. A run of them is a fault.
 MAX_SKIPPED_STEPS = 20
 _RNG = "lightnets_rng"
+# nnU-Net builds networks for training and for prediction through one method, and does not say which it wants.
+_building_for_training: ContextVar[bool] = ContextVar("building_for_training", default=False)
 
 
 def strides_from_plan(
@@ -96,12 +101,15 @@ class LightNetsTrainer(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the network; nnU-Net calls this for training and, with deep supervision off, for prediction."""
+        """Build the network, for training or, when nnU-Net's predictor calls this, for prediction.
+
+        A network for prediction computes the same with fewer steps, where it knows how; its state dict is the same.
+        """
         architecture = dict(cls.network_kwargs)
         if cls.n_downsamplings is not None:
             pooling = configuration_manager.pool_op_kernel_sizes
             architecture["strides"] = strides_from_plan(pooling, cls.n_downsamplings)
-        return create_network(
+        network = create_network(
             cls.network_name,
             spatial_dims=len(configuration_manager.patch_size),
             input_channels=num_input_channels,
@@ -109,6 +117,25 @@ class LightNetsTrainer(nnUNetTrainer):
             deep_supervision=enable_deep_supervision and cls.deep_supervision,
             **architecture,
         )
+        return network if _building_for_training.get() else _for_prediction(network)
+
+    def initialize(self) -> None:
+        """Build everything as nnU-Net does; the network is one that can be trained."""
+        token = _building_for_training.set(True)
+        try:
+            super().initialize()
+        finally:
+            _building_for_training.reset(token)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does, with the network as it will predict."""
+        trained = self.network
+        if trained is self.bare_network:  # a compiled or distributed network is fast enough, and stays
+            self.network = _for_prediction(trained)
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.network = trained
 
     @property
     def bare_network(self) -> nn.Module:
@@ -142,7 +169,7 @@ class LightNetsTrainer(nnUNetTrainer):
         super().on_epoch_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One training iteration: nnU-Net's own, with a place after the backward pass to drop gradients.
+        """One training iteration: nnU-Net's own, but that frozen parameters get no gradient.
 
         Raises:
             LightNetsError: if the loss is not finite (under mixed precision: for 20 iterations in a row).
@@ -160,21 +187,24 @@ class LightNetsTrainer(nnUNetTrainer):
         self._check_finite(loss)
 
         if self.grad_scaler is not None:
-            self.grad_scaler.scale(loss).backward()
-            self.drop_gradients()
+            backward(self.grad_scaler.scale(loss), self.network, self.frozen_parameters())
             self.grad_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
-            loss.backward()
-            self.drop_gradients()
+            backward(loss, self.network, self.frozen_parameters())
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
             self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
 
-    def drop_gradients(self) -> None:
-        """Called between backward pass and clipping; a recipe that freezes a part drops its gradients here."""
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters that do not move in the current epoch; a recipe that freezes a part names it here.
+
+        It must be a function of ``current_epoch`` alone, so that a resumed training freezes what an uninterrupted one
+        does. Frozen parameters count neither in the norm that is clipped nor in the optimizer's weight decay.
+        """
+        return []
 
     def _check_finite(self, loss: torch.Tensor) -> None:
         if bool(torch.isfinite(loss)):
@@ -183,7 +213,7 @@ class LightNetsTrainer(nnUNetTrainer):
         self._skipped_steps += 1
         if self.grad_scaler is None or self._skipped_steps >= MAX_SKIPPED_STEPS:
             raise LightNetsError(
-                f"the loss is {float(loss)} in epoch {self.current_epoch}; training stops before the weights are "
+                f"the loss is {loss.item()} in epoch {self.current_epoch}; training stops before the weights are "
                 f"lost. Continue from the last checkpoint with --c, and check the images for NaN or extreme values"
             )
 
@@ -271,6 +301,11 @@ def with_budget(
             self.num_val_iterations_per_epoch = max(1, iterations // 5)
 
     return type(name, (trainer,), {"__init__": __init__, "__doc__": f"{trainer.__name__} with another budget."})
+
+
+def _for_prediction(network: nn.Module) -> nn.Module:
+    """The network made ready for prediction, if its class knows how to do that exactly."""
+    return PredictionNetwork(network) if hasattr(network, "prepare_for_inference_") else network
 
 
 def _rng_state() -> dict[str, Any]:

@@ -17,6 +17,10 @@ TRAINERS = {
     "nnUNetTrainerLightMUNet": "lightm_unet",
     "nnUNetTrainerLightMUNetS": "lightm_unet",
     "nnUNetTrainerLightMUNetT": "lightm_unet",
+    "nnUNetTrainerSwinUMamba": "swin_umamba",
+    "nnUNetTrainerSwinUMambaScratch": "swin_umamba",
+    "nnUNetTrainerSwinUMambaD": "swin_umamba",
+    "nnUNetTrainerSwinUMambaDScratch": "swin_umamba",
 }
 
 _BUDGET = re.compile(r"_([1-9]\d*)(epochs|iters)")

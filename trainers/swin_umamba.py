@@ -109,11 +109,6 @@ class nnUNetTrainerSwinUMamba(LightNetsTrainer):
         network = self.bare_network
         return [network.get_parameter(name) for name in network.frozen_parameters()]  # type: ignore[operator]
 
-    def drop_gradients(self) -> None:
-        """Leave the frozen part without gradients."""
-        for parameter in self.frozen_parameters():
-            parameter.grad = None
-
     def _get_deep_supervision_scales(self) -> list[list[float]]:
         """The network's own scales, which the plan does not know, for each axis.
 
