@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def write_summary(folder: Path, labels_folder: Path, description: dict[str, Any]
         for file in sorted(folder.glob("*.nii.gz"))
     ]
     names = list(per_case[0]["metrics"][structures[0]])
-    means = {s: {m: np.nanmean([c["metrics"][s][m] for c in per_case]) for m in names} for s in structures}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a structure that is nowhere has no mean
+        means = {s: {m: np.nanmean([c["metrics"][s][m] for c in per_case]) for m in names} for s in structures}
     foreground = {m: np.mean([means[s][m] for s in structures]) for m in names}
     for part in (*per_case, means, foreground):
         recursive_fix_for_json_export(part)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -15,19 +16,20 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_macs(network: nn.Module, input_channels: int, patch: Sequence[int]) -> int:
-    """Multiply-accumulates of one forward pass of one patch (batch 1).
+    """Multiply-accumulates of one forward pass of one patch (batch 1), deep supervision as it is set.
 
-    Counted by torch's own counter on convolutions, matrix products and the selective scan (our formula), on the
-    ``meta`` device: nothing is computed. Norms, activations and poolings are not counted, as everywhere.
+    Counted by torch's own counter on convolutions, matrix products and the selective scan (our formula), on fake
+    tensors: nothing is computed. Norms, activations and poolings are not counted, as everywhere.
 
     Args:
-        network: a network on the ``meta`` device.
+        network: on a CPU or GPU.
         input_channels: channels of the input.
         patch: spatial size in voxels.
     """
-    x = torch.empty(1, input_channels, *patch, device="meta")
+    device = next(network.parameters()).device
+    was_training = network.training
     counter = FlopCounterMode(display=False)
-    network.eval()
-    with torch.no_grad(), counter:
-        network(x)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
+        network.eval()(torch.empty(1, input_channels, *patch, device=device))
+    network.train(was_training)
     return int(counter.get_total_flops()) // 2

@@ -40,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
 def table(patch: list[int], channels: int, classes: int) -> list[str]:
     """Lines of the table for one patch size."""
-    import torch
-
     from nnunetv2_lightnets.benchmark.costs import count_macs, count_parameters
     from nnunetv2_lightnets.networks import create_network, network_entry
     from nnunetv2_lightnets.trainers import find_trainer, trainer_names
@@ -56,17 +54,14 @@ def table(patch: list[int], channels: int, classes: int) -> list[str]:
         entry = network_entry(trainer.network_name)
         if dims not in entry.spatial_dims:
             continue
-        with torch.device("meta"):
-            network = create_network(
-                entry.name,
-                spatial_dims=dims,
-                input_channels=channels,
-                num_classes=classes,
-                deep_supervision=trainer.deep_supervision,
-                **trainer.network_kwargs,
-            )
+        network = create_network(
+            entry.name,
+            spatial_dims=dims,
+            input_channels=channels,
+            num_classes=classes,
+            **trainer.network_kwargs,
+        )
         parameters = count_parameters(network)
-        network.decoder.deep_supervision = False  # type: ignore[union-attr]
         gmacs = count_macs(network, channels, patch) / 1e9
         exists = ", ".join(f"{d}D" for d in entry.spatial_dims)
         lines.append(f"{trainer_name:<34}{entry.name:<18}{exists:<8}{parameters / 1e6:>9.3f}{gmacs:>10.2f}")

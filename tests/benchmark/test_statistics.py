@@ -26,8 +26,10 @@ from nnunetv2_lightnets.benchmark.statistics import (
 
 RESAMPLES = 499  # enough for properties; simulations say what they take
 # Scores of a paired comparison, in steps that leave ties and zeros in.
-scores = arrays(np.float64, st.integers(3, 25), elements=st.integers(0, 1000).map(lambda i: i / 1000))
-pairs = st.integers(3, 25).flatmap(
+# Not 10 to 13 cases: there scipy enumerates all signs where values are tied, which takes its time.
+sizes = st.integers(3, 9) | st.integers(14, 25)
+scores = arrays(np.float64, sizes, elements=st.integers(0, 1000).map(lambda i: i / 1000))
+pairs = sizes.flatmap(
     lambda n: st.tuples(
         *(arrays(np.float64, n, elements=st.integers(0, 1000).map(lambda i: i / 1000)) for _ in range(2))
     )
