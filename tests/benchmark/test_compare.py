@@ -95,7 +95,6 @@ def test_numbers_are_those_of_summary_json_and_scipy(comparison, folders):
             np.random.default_rng(1).choice(x - reference, (20000, 24)).mean(axis=1), [0.025, 0.975]
         )
         assert d.interval.low < low < high < d.interval.high  # widened for 24 cases
-        assert (d.interval.high - d.interval.low) / (high - low) == pytest.approx(1.08, abs=0.06)
         test = stats.ttest_1samp(x - reference, -0.01, alternative="greater")
         assert d.p_non_inferior >= test.pvalue
         assert d.lower <= test.confidence_interval(0.95).low + 1e-9
