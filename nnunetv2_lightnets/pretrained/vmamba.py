@@ -142,12 +142,25 @@ def read_vmamba(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | 
     if not isinstance(checkpoint, Mapping) or not checkpoint:
         raise LightNetsError(f"{path} holds no weights (no 'model' with tensors in it); {two_ways_out()}")
     state = plain_state_dict(checkpoint)
-    if others := [str(key) for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise LightNetsError(f"{path} is no VMamba checkpoint: not tensors: {first_few(others)}; {two_ways_out()}")
+    if others := [str(key) for key, value in state.items() if not (isinstance(key, str) and _is_plain(value))]:
+        raise LightNetsError(
+            f"{path} is no VMamba checkpoint: not tensors of plain numbers: {first_few(others)}; {two_ways_out()}"
+        )
     state = _to_v0_names(state, path)
     if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
         raise LightNetsError(f"{path} holds NaN or infinity in {first_few(broken)}; it is damaged; {two_ways_out()}")
     return state, source
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is a tensor of floating-point numbers, not sparse, quantised or without values."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in floats
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )
 
 
 def is_html(start: bytes) -> bool:
@@ -157,7 +170,11 @@ def is_html(start: bytes) -> bool:
 
 
 def _read_zip(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):  # the table of contents is at the end
+    try:
+        whole = zipfile.is_zipfile(path)  # the table of contents is at the end
+    except zipfile.BadZipFile:
+        whole = True  # but damaged: torch will say so
+    if not whole:
         raise LightNetsError(
             f"{path} is truncated: it ends after {path.stat().st_size:,} bytes, within the checkpoint; delete it, "
             f"then {two_ways_out()}"
@@ -187,7 +204,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _to_v0_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    state_sizes = {tensor.shape[-1] for key, tensor in state.items() if key.endswith(".A_logs")}
+    state_sizes = {tensor.shape[-1] if tensor.ndim else 0 for key, tensor in state.items() if key.endswith(".A_logs")}
     if not state_sizes:
         raise LightNetsError(
             f"{path} is no VMamba checkpoint: none of its keys ends in A_logs, they are {first_few(state)}; "

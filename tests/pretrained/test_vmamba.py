@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -239,6 +240,33 @@ def test_damaged_inside(save_checkpoint: SaveCheckpoint) -> None:
     assert "damaged" in refused(Small(), path)
 
 
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_whatever_is_changed_in_a_file_it_is_loaded_or_refused(
+    kind: str, save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """Never another error, a crash, or a network that is half loaded."""
+    path = save_checkpoint(small_state())
+    if kind == "safetensors":
+        save_file(small_state(), path)
+    content, generator = path.read_bytes(), random.Random(0)
+    refusals = 0
+    for _ in range(200):
+        changed = bytearray(content)
+        for _ in range(generator.choice((1, 3, 30))):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        start, length = generator.randrange(len(changed)), generator.choice((0, 0, 1, 64, 2000))
+        del changed[start : start + length]
+        path.write_bytes(changed)
+        network = Small()
+        before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        try:
+            load_vmamba(network, path)
+        except LightNetsError:
+            refusals += 1
+            assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+    assert refusals > 50
+
+
 class Hostile:
     """Unpickled naively, it calls a function."""
 
@@ -335,9 +363,27 @@ def test_checkpoint_without_weights(content: Any, tmp_path: Path) -> None:
     assert "holds no weights" in refused(Small(), path)
 
 
-def test_values_that_are_no_tensors(save_checkpoint: SaveCheckpoint) -> None:
-    path = save_checkpoint(small_state() | {"head.bias": [0.0]})  # type: ignore[dict-item]
-    assert "not tensors: 1 (head.bias)" in refused(Small(), path)
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0.0],
+        torch.zeros(10, dtype=torch.int64),
+        torch.zeros(10, dtype=torch.complex64),
+        torch.zeros(10).to_sparse(),
+        torch.zeros(10, device="meta"),
+    ],
+    ids=["list", "integers", "complex", "sparse", "meta"],
+)
+def test_values_that_are_no_plain_tensors(value: Any, save_checkpoint: SaveCheckpoint) -> None:
+    path = save_checkpoint(small_state() | {"head.bias": value})
+    assert "not tensors of plain numbers: 1 (head.bias)" in refused(Small(), path)
+
+
+def test_odd_keys_and_shapes(save_checkpoint: SaveCheckpoint) -> None:
+    path = save_checkpoint(small_state() | {3: torch.zeros(1)})  # type: ignore[dict-item]
+    assert "not tensors of plain numbers: 1 (3)" in refused(Small(), path)
+    path = save_checkpoint(small_state() | {"layers.0.blocks.0.self_attention.A_logs": torch.tensor(1.0)})
+    assert "state size 0, 16" in refused(Small(), path)
 
 
 def test_missing_keys(save_checkpoint: SaveCheckpoint) -> None:
