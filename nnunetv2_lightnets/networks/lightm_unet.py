@@ -12,7 +12,8 @@ scan read contiguous rows. What torch wants as (B, C, *spatial) gets a channels-
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, checked_strides, max_pool, refuse_deep_supervision
-from nnunetv2_lightnets.networks.mamba import Mamba
+from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
 
 NORM_GROUPS = 8
+FULL_PRECISION = (torch.float32, torch.float64)
 _LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
@@ -35,11 +37,38 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_grid(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
     """Channels-last view (B, C, *spatial) of tokens (B, L, C)."""
-    return tokens.unflatten(1, tuple(spatial)).movedim(-1, 1)
+    return tokens.reshape(tokens.shape[0], *spatial, tokens.shape[2]).movedim(-1, 1)
+
+
+def token_blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
+    """Slices of the L tokens (B, L, C) such that blocks with ``widest`` channels stay in the caches of a CPU."""
+    numbers = 2**18 * torch.get_num_threads()  # 1 MB of float32 for each
+    step = max(256, numbers // (tokens.shape[0] * widest))
+    return (slice(start, start + step) for start in range(0, tokens.shape[1], step))
+
+
+def computes_in_blocks(tokens: Tensor) -> bool:
+    """Whether layers run block by block: for prediction on a CPU, where moving tokens costs more than computing.
+
+    Tensors that stand for others, as in compilers and counters of operations, see the layer as a whole.
+    """
+    return (
+        type(tokens) is Tensor
+        and tokens.device.type == "cpu"
+        and tokens.dtype in FULL_PRECISION
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 class TokenGroupNorm(nn.Module):
-    """Group norm over tokens (B, L, C), followed by ReLU."""
+    """Group norm over tokens (B, L, C), followed by ReLU.
+
+    On a CPU, torch's own either copies tokens to channels-first and back or, given a channels-last view, adds up so
+    many squares in a row that its result is off by 6e-5 at 64^3 voxels, and by 2e-3 if their mean is 10. There the
+    moments are taken here, and torch computes the gradient alone.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -49,13 +78,67 @@ class TokenGroupNorm(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalised and rectified tokens (B, L, C)."""
-        return F.relu_(F.group_norm(tokens.transpose(1, 2), NORM_GROUPS, self.weight, self.bias, self.eps)).transpose(
-            1, 2
+        if tokens.device.type == "cpu" and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling():
+            normalised = _GroupNorm.apply(tokens, self.weight, self.bias, *self.moments(tokens))
+        else:
+            normalised = F.group_norm(tokens.transpose(1, 2), NORM_GROUPS, self.weight, self.bias, self.eps)
+            normalised = normalised.transpose(1, 2)
+        return F.relu_(normalised)
+
+    def with_moments_of(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same function for parts of ``tokens`` (B, L', C), without gradients."""
+        scale, shift = scale_and_shift(*self.moments(tokens), self.weight, self.bias)
+        return lambda block: torch.addcmul(shift, block, scale).relu_()
+
+    @torch.no_grad()
+    def moments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal standard deviation (B, G), merged from those of blocks (Chan et al., 1983)."""
+        means, variances, shares = [], [], []
+        for block in token_blocks(tokens, tokens.shape[2]):
+            x = tokens[:, block]
+            mean = x.mean(1, keepdim=True)  # (B, 1, C)
+            means.append(mean)
+            variances.append((x - mean).square_().mean(1, keepdim=True))
+            shares.append(x.shape[1] / tokens.shape[1])
+        grouped = (tokens.shape[0], len(shares), NORM_GROUPS, -1)  # (B, blocks, G, C / G)
+        block_means, block_variances = torch.cat(means, 1).reshape(grouped), torch.cat(variances, 1).reshape(grouped)
+        share = tokens.new_tensor(shares)[:, None, None]
+        mean = (block_means * share).sum(1, keepdim=True).mean(3, keepdim=True)  # (B, 1, G, 1)
+        var = ((block_variances + (block_means - mean).square()) * share).sum(1).mean(2)  # (B, G)
+        return mean.flatten(1), torch.rsqrt(var + self.eps)
+
+
+def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Group norm as ``x * scale + shift``: both (B, 1, C) from the moments (B, G) and the parameters (C,)."""
+    channels_per_group = weight.shape[0] // NORM_GROUPS
+    scale = rstd.repeat_interleave(channels_per_group, 1) * weight
+    shift = bias - mean.repeat_interleave(channels_per_group, 1) * scale
+    return scale.unsqueeze(1), shift.unsqueeze(1)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group norm of tokens (B, L, C) with given moments, which take part in the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight, mean, rstd)
+        scale, shift = scale_and_shift(mean, rstd, weight, bias)
+        return torch.addcmul(shift, tokens, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight, mean, rstd = ctx.saved_tensors
+        batch, length, channels = tokens.shape
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad.transpose(1, 2).unsqueeze(-1),  # (B, C, L, 1), channels-last
+            tokens.transpose(1, 2).unsqueeze(-1),
+            *(mean, rstd, weight, batch, channels, length, NORM_GROUPS, list(ctx.needs_input_grad[:3])),
         )
+        return (None if grads[0] is None else grads[0].squeeze(-1).transpose(1, 2), grads[1], grads[2], None, None)
 
 
 class MambaLayer(nn.Module):
-    """The paper's residual vision Mamba layer: ``project(norm(mamba(norm(x)) + s * x))``, with one norm used twice."""
+    """The paper's residual vision Mamba layer: ``proj(norm(mamba(norm(x)) + s * x))``, with one norm used twice."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -64,10 +147,35 @@ class MambaLayer(nn.Module):
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(in_channels, out_channels)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, L, C_in) to (B, L, C_out)."""
-        mixed = torch.addcmul(self.mamba(self.norm(tokens)), tokens, self.skip_scale)
-        return self.proj(self.norm(mixed))
+    def forward(self, tokens: Tensor, activation: TokenGroupNorm | None = None) -> Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out), after the activation if there is one."""
+        if computes_in_blocks(tokens):
+            return self._in_blocks(tokens, activation)
+        if activation is not None:
+            tokens = activation(tokens)
+        return self._project(self.mamba(self.norm(tokens)), tokens)
+
+    def _project(self, mixed: Tensor, tokens: Tensor) -> Tensor:
+        out: Tensor = self.proj(self.norm(torch.addcmul(mixed, tokens, self.skip_scale)))
+        return out
+
+    def _in_blocks(self, tokens: Tensor, activation: TokenGroupNorm | None) -> Tensor:
+        """The same for one block of tokens after the other, which stays in the caches from the first step to the last.
+
+        All tokens at once would go to memory and back between any two steps, into pages that are cleared before.
+        """
+        activate = _identity if activation is None else activation.with_moments_of(tokens)
+        out = tokens.new_empty(*tokens.shape[:2], self.proj.out_features)
+        stream = MambaStream(self.mamba)
+        for block in token_blocks(tokens, 2 * self.mamba.d_inner):
+            first = max(0, block.start - stream.history)
+            x = activate(tokens[:, first : block.stop])
+            out[:, block] = self._project(stream(self.norm(x)), x[:, block.start - first :])
+        return out
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 class ResidualMambaBlock(nn.Module):
@@ -82,7 +190,8 @@ class ResidualMambaBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C)."""
-        return tokens + self.layer2(self.norm2(self.layer1(self.norm1(tokens))))
+        out: Tensor = self.layer2(self.layer1(tokens, self.norm1), self.norm2)
+        return tokens + out
 
 
 class ResidualConvBlock(nn.Module):
@@ -99,7 +208,8 @@ class ResidualConvBlock(nn.Module):
     def forward(self, tokens: Tensor, spatial: Sequence[int]) -> Tensor:
         """Map tokens (B, L, C) of a grid of size ``spatial`` to (B, L, C)."""
         x = to_tokens(self.depthwise(to_grid(self.norm1(tokens), spatial)))
-        return self.norm2(torch.addcmul(self.pointwise(x), tokens, self.skip_scale))
+        out: Tensor = self.norm2(torch.addcmul(self.pointwise(x), tokens, self.skip_scale))
+        return out
 
 
 class Stem(nn.Module):
@@ -114,7 +224,8 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C_in, *spatial) to tokens (B, L, C_out)."""
-        return self.pointwise(to_tokens(self.depthwise(x)))
+        tokens: Tensor = self.pointwise(to_tokens(self.depthwise(x)))
+        return tokens
 
 
 class Encoder(nn.Module):
@@ -126,7 +237,7 @@ class Encoder(nn.Module):
         channels = [width * 2**stage for stage in range(len(blocks))]
         self.transitions = nn.ModuleList(MambaLayer(c, 2 * c) for c in channels[:-1])
         self.stages = nn.ModuleList(
-            nn.ModuleList(ResidualMambaBlock(c) for _ in range(n)) for c, n in zip(channels, blocks, strict=True)
+            nn.Sequential(*(ResidualMambaBlock(c) for _ in range(n))) for c, n in zip(channels, blocks, strict=True)
         )
 
     def forward(self, tokens: Tensor, spatial: Sequence[int]) -> list[tuple[Tensor, tuple[int, ...]]]:
@@ -137,8 +248,7 @@ class Encoder(nn.Module):
                 grid = to_grid(self.transitions[stage - 1](tokens), spatial)
                 grid = max_pool(grid, self.strides[stage - 1])
                 tokens, spatial = to_tokens(grid), grid.shape[2:]
-            for block in blocks:
-                tokens = block(tokens)
+            tokens = blocks(tokens)
             features.append((tokens, tuple(spatial)))
         return features
 
@@ -153,7 +263,7 @@ class DecoderStage(nn.Module):
         self.blocks = nn.ModuleList(ResidualConvBlock(spatial_dims, channels) for _ in range(blocks))
 
     def forward(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:
-        """Tokens (B, L, C) of the grid ``spatial`` from those of the coarser grid (B, L', 2C) and the skip (B, L, C)."""
+        """Tokens (B, L, C) of the grid ``spatial`` from the coarser grid's (B, L', 2C) and the skip (B, L, C)."""
         grid = to_grid(self.reduce(coarse), coarse_spatial)
         grid = F.interpolate(grid, size=list(spatial), mode=self.mode, align_corners=False)
         tokens = to_tokens(grid) + skip
@@ -185,11 +295,11 @@ class Decoder(nn.Module):
         tokens, spatial = features[-1]
         for stage, (skip, skip_spatial) in zip(self.stages, reversed(features[:-1]), strict=True):
             tokens, spatial = stage(tokens, spatial, skip, skip_spatial), skip_spatial
-        head = self.seg_layers[0]
+        head = cast(nn.Linear, self.seg_layers[0])
         # Scale and offset go into the head's few numbers instead of over all voxels.
         weight, bias = head.weight * self.scale, torch.addmv(head.bias, head.weight, self.offset)
         logits = torch.matmul(weight, self.norm(tokens).transpose(1, 2)) + bias.unsqueeze(-1)  # (B, classes, L)
-        return logits.unflatten(2, spatial)
+        return logits.reshape(*logits.shape[:2], *spatial)
 
 
 @register_network("lightm_unet", spatial_dims=(2, 3))

@@ -21,13 +21,13 @@ from nnunetv2_lightnets.ops import causal_conv1d, selective_scan
 
 
 class Mamba(nn.Module):
-    """Mamba block with a selective scan in one direction (first token to last).
+    """Mamba block with a selective scan in one direction, from the first token to the last.
 
     Args:
         d_model: channels C of the tokens.
         d_state: size N of the state of each inner channel.
         d_conv: taps of the causal convolution over the tokens.
-        expand: inner channels per channel of the tokens.
+        expand: inner channels D per channel of the tokens.
 
     Under autocast the projections before the scan use the low precision; the scan and the output projection run in
     float32, because the scan's output reaches values (about 1e6) that float16 does not hold.
@@ -35,8 +35,8 @@ class Mamba(nn.Module):
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
-        self.d_model = d_model
         self.d_state = d_state
+        self.d_conv = d_conv
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
@@ -54,34 +54,77 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         dt = torch.empty(self.d_inner).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.dt_proj.bias.copy_(_inverse_softplus(dt))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
-        return self.project_out(self.scan(*self.scan_inputs(tokens)))
+        return self.project_out(self.scan(*self.scan_inputs(tokens))[0])
 
-    def scan_inputs(self, tokens: Tensor, history: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the scan reads for tokens (B, L, C): u, delta (B, L, D), B, C (B, L, N) and the gate z (B, L, D).
-
-        The first ``history`` tokens are seen by the convolution only; nothing is returned for them.
-        """
+    def scan_inputs(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan reads for tokens (B, L, C): u, delta (B, L, D), B, C (B, L, N) and the gate z (B, L, D)."""
         x, z = self.in_proj(tokens).split(self.d_inner, dim=-1)
         u = causal_conv1d(x.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
-        u = u.transpose(1, 2)[:, history:]
+        u = u.transpose(1, 2)
         dt, b, c = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-        return u, F.linear(dt, self.dt_proj.weight), b, c, z[:, history:]  # dt_proj's bias is added inside the scan
+        return u, F.linear(dt, self.dt_proj.weight), b, c, z  # the bias of dt_proj is added inside the scan
 
-    def scan(self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
-        """Gated output (B, L, D) of the selective scan, at least in float32."""
+    def scan(self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Gated output (B, L, D) and last state (B, D, N) of the selective scan, at least in float32."""
         u, delta, b, c, z = (_at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
-        A, D, bias = (_at_least_float32(x) for x in (self.A_log, self.D, self.dt_proj.bias))
-        y = selective_scan(u, delta, -torch.exp(A), b, c, D, z, bias, delta_softplus=True)
-        return y.transpose(1, 2)
+        D, bias = _at_least_float32(self.D), _at_least_float32(self.dt_proj.bias)
+        y, state = selective_scan(u, delta, self.A, b, c, D, z, bias, delta_softplus=True, return_last_state=True)
+        return y.transpose(1, 2), state
+
+    @property
+    def A(self) -> Tensor:
+        """State matrix (D, N): its diagonals, negative, at least in float32."""
+        return -torch.exp(_at_least_float32(self.A_log))
 
     def project_out(self, y: Tensor) -> Tensor:
         """Map the scan's output (B, L, D) to tokens (B, L, C), without autocast."""
         with _full_precision(y):
             return F.linear(y.to(self.out_proj.weight.dtype), self.out_proj.weight)
+
+
+class MambaStream:
+    """Takes sequences through a Mamba block part by part, without gradients; the parts are equal to the whole.
+
+    The convolution needs the tokens before a part again. The scan starts from zero, so the first N of its inputs are
+    replaced by ones that bring it into the state it was left in: input n adds to component n alone, and the inputs
+    after it let that decay. Their step is so small that they take less than a factor e, which is added in advance.
+
+    Args:
+        mamba: the block.
+    """
+
+    def __init__(self, mamba: Mamba) -> None:
+        self.mamba = mamba
+        self.history = mamba.d_conv - 1 + mamba.d_state
+        self.state: Tensor | None = None  # (B, D, N)
+        A = mamba.A
+        size = mamba.d_state
+        step = 1 / (size * A.abs().max())
+        following = torch.arange(size - 1, -1, -1, device=A.device, dtype=A.dtype)
+        self._u = (torch.exp(-A * step * following) / step).T  # (N, D), for a state of ones
+        self._delta = _inverse_softplus(step) - mamba.dt_proj.bias  # (D,)
+        self._b = torch.eye(size, device=A.device, dtype=A.dtype)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Outputs (B, L, C) for L new tokens, which follow ``history`` old ones in all parts but the first."""
+        u, delta, b, c, z = self.mamba.scan_inputs(tokens)
+        old = 0
+        if self.state is not None:
+            u, delta, b, c, z = (x[:, self.mamba.d_conv - 1 :] for x in (u, delta, b, c, z))
+            old = self.mamba.d_state
+            torch.mul(self.state.transpose(1, 2), self._u, out=u[:, :old])
+            delta[:, :old] = self._delta
+            b[:, :old] = self._b
+        y, self.state = self.mamba.scan(u, delta, b, c, z)
+        return self.mamba.project_out(y[:, old:])
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
