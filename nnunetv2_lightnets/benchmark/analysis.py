@@ -34,7 +34,8 @@ class Settings:
         margin: loss of the mean that still counts as non-inferior, in units of the metrics (0.01 is one Dice point).
         empty: what a structure counts that is not in the reference: ``drop`` leaves the case out for this structure,
             ``one`` counts 1 where the prediction has none either, else 0.
-        nsd_tolerance: mm, where NSD is among the metrics.
+        nsd_tolerance: where NSD is among the metrics.
+        nsd_unit: of the tolerance, ``mm`` or ``px``.
         seed: of all resampling.
         resamples: bootstrap samples.
     """
@@ -43,6 +44,7 @@ class Settings:
     margin: float = 0.01
     empty: Empty = "drop"
     nsd_tolerance: float | None = None
+    nsd_unit: str = "mm"
     seed: int = 0
     resamples: int = statistics.RESAMPLES
 

@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", nargs="+", default=["Dice"], metavar="METRIC", help="from summary.json: Dice, IoU (default: Dice)"
     )
     parser.add_argument(
-        "--nsd", type=float, metavar="MM", help="also normalised surface Dice at this tolerance (needs the predictions)"
+        "--nsd",
+        type=float,
+        metavar="MM",
+        help="also normalised surface Dice at this tolerance, in pixels for pictures (needs the predictions)",
     )
     parser.add_argument(
         "--margin",
@@ -90,9 +93,12 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_lightnets.benchmark.analysis import Settings, compare, read_subjects
     from nnunetv2_lightnets.benchmark.report import text_summary, write_report
+    from nnunetv2_lightnets.benchmark.volumes import unit_of_spacing
 
     subjects = None if args.subjects is None else read_subjects(args.subjects)
-    settings = Settings(tuple(metrics), args.margin, args.empty, args.nsd, args.seed)
+    some_case = next(iter(results[0].cases.values()))
+    unit = "mm" if args.nsd is None else unit_of_spacing(some_case.prediction, results[0].dataset_json)
+    settings = Settings(tuple(metrics), args.margin, args.empty, args.nsd, unit, args.seed)
     comparison = compare(results, settings, subjects=subjects, worst=args.worst)
     files = write_report(comparison, args.o, labels=args.gt, images=args.images)
     print(text_summary(comparison))

@@ -29,7 +29,8 @@ def count_macs(network: nn.Module, input_channels: int, patch: Sequence[int]) ->
     device = next(network.parameters()).device
     was_training = network.training
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
+    # With gradients, as without them LightM-UNet computes block by block, thousands of them.
+    with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:
         network.eval()(torch.empty(1, input_channels, *patch, device=device))
     network.train(was_training)
     return int(counter.get_total_flops()) // 2

@@ -52,10 +52,11 @@ def case_picture(
     for needed in (file, *(c.prediction for c in cases)):
         if not needed.is_file():
             raise LightNetsError(f"no picture of {case}: {needed} is gone")
-    truth, spacing = read_segmentation(file)
-    predictions = [read_segmentation(c.prediction)[0] for c in cases]
+    description = results[0].dataset_json
+    truth, spacing = read_segmentation(file, description)
+    predictions = [read_segmentation(c.prediction, description)[0] for c in cases]
     found = image_file(cases[0], file, images)
-    image = read_image(found) if found is not None else np.zeros(truth.shape, np.float32)
+    image = read_image(found, description) if found is not None else np.zeros(truth.shape, np.float32)
     if any(array.shape[: truth.ndim] != truth.shape for array in (image, *predictions)):
         raise LightNetsError(f"no picture of {case}: image, labels and predictions differ in shape")
     where = case
@@ -72,9 +73,9 @@ def case_picture(
     for axes, result, prediction in zip(panels, results, predictions, strict=True):
         axes.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for structure in titles:
-            _contour(axes, structure_mask(truth[rows, columns], structure), _TRUTH, 2.2, path_effects=_EDGE)
+            _contour(axes, structure_mask(truth[rows, columns], structure), _TRUTH, 2.6, path_effects=_EDGE)
         for j, structure in enumerate(titles):
-            _contour(axes, structure_mask(prediction[rows, columns], structure), COLOURS[j % len(COLOURS)], 1.2)
+            _contour(axes, structure_mask(prediction[rows, columns], structure), COLOURS[j % len(COLOURS)], 1.5)
         axes.set_title(short(result.name, 22), fontsize=9)
         axes.set_aspect(spacing[0] / spacing[1])
         axes.set(xticks=[], yticks=[])

@@ -166,9 +166,7 @@ def methods(comparison: Comparison) -> list[tuple[str, str]]:
     metric = {
         "Dice": "Dice (nnU-Net's own evaluation, per case, at the original resolution)",
         "IoU": "IoU (nnU-Net's own evaluation, per case, at the original resolution)",
-        "NSD": f"NSD at {settings.nsd_tolerance:g} mm (MONAI, sub-voxel surface areas)"
-        if settings.nsd_tolerance
-        else "NSD",
+        "NSD": f"NSD at {settings.nsd_tolerance or 0:g} {settings.nsd_unit} (MONAI, sub-voxel surface areas)",
     }
     families = (
         "one family is all results"

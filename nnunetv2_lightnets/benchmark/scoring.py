@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,25 +19,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunetv2_lightnets.benchmark.cases import Result, Structure, case_name, listed, structure_label
-from nnunetv2_lightnets.benchmark.volumes import last_line, read_segmentation, structure_mask, truth_file
+from nnunetv2_lightnets.benchmark.volumes import last_line, read_segmentation, reader, structure_mask, truth_file
 from nnunetv2_lightnets.errors import LightNetsError
 
 NSD = "NSD"
-_FEW_CASES = 16  # starting a worker costs more than scoring these
+_WORTH_WORKERS = 30.0  # seconds of work left
 T = TypeVar("T")
 
 
 def for_each_case(
     function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], processes: int, description: str
 ) -> list[T]:
-    """Call ``function(*job)`` for every job, in order, with a progress bar; in this process where jobs are few."""
+    """Call ``function(*job)`` for every job, in order, with a progress bar.
+
+    Work starts in this process; worker processes, which import torch first, are started where much is left to do.
+    """
     from tqdm import tqdm
 
-    if processes <= 1 or len(jobs) < _FEW_CASES:
-        return [function(*job) for job in tqdm(jobs, desc=description, unit="case", leave=False)]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        scored = pool.map(function, *zip(*jobs, strict=True))
-        return list(tqdm(scored, total=len(jobs), desc=description, unit="case", leave=False))
+    done: list[T] = []
+    start = time.perf_counter()
+    with tqdm(total=len(jobs), desc=description, unit="case", leave=False) as bar:
+        for job in jobs:
+            done.append(function(*job))
+            bar.update()
+            left = (time.perf_counter() - start) / len(done) * (len(jobs) - len(done))
+            if processes > 1 and left > _WORTH_WORKERS:
+                break
+        rest = jobs[len(done) :]
+        if rest:
+            with ProcessPoolExecutor(min(processes, len(rest)), multiprocessing.get_context("spawn")) as pool:
+                for result in pool.map(function, *zip(*rest, strict=True)):
+                    done.append(result)
+                    bar.update()
+    return done
 
 
 def score_folder(
@@ -85,29 +100,23 @@ def score_folder(
     except (AssertionError, RuntimeError) as error:
         raise LightNetsError(f"dataset.json of {folder}: {last_line(error)}; correct it, see -djfile") from error
     structures = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    jobs = [
-        (str(labels / path.name), str(path), ending, description, structures, manager.ignore_label)
-        for path in predictions
-    ]
+    jobs = [(labels / path.name, path, description, structures, manager.ignore_label) for path in predictions]
     scored = for_each_case(score_case, jobs, processes, f"scoring {folder.name}")
     return dict(zip(predictions, scored, strict=True))
 
 
 def score_case(
-    truth: str,
-    prediction: str,
-    ending: str,
+    truth: Path,
+    prediction: Path,
     description: dict[str, Any],
     structures: list[Any],
     ignore_label: int | None,
 ) -> dict[str, Any]:
     """nnU-Net's metrics of one case, by its own names."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics, label_or_region_to_key
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    reader = determine_reader_writer_from_dataset_json({"file_ending": ending, **description}, verbose=False)()
     try:
-        scored = compute_metrics(truth, prediction, reader, structures, ignore_label)
+        scored = compute_metrics(str(truth), str(prediction), reader(truth, description), structures, ignore_label)
     except (RuntimeError, ValueError, OSError) as error:
         raise LightNetsError(f"{prediction} cannot be scored against {truth}: {last_line(error)}") from error
     return {
@@ -134,30 +143,35 @@ def add_nsd(results: Sequence[Result], tolerance: float, labels: Path | None, pr
         import monai.metrics  # noqa: F401
     except ImportError as error:
         raise LightNetsError(f"--nsd needs MONAI ({error}); pip install 'nnunetv2-lightnets[report]'") from error
-    for result in results:
-        jobs = []
-        for case in result.cases.values():
-            truth = truth_file(case, labels)
-            for file, remedy in (
-                (truth, "give the reference segmentations with -gt"),
-                (case.prediction, "keep the predictions beside summary.json, or leave --nsd out"),
-            ):
-                if not file.is_file():
-                    raise LightNetsError(f"{result.name}: --nsd needs {file}, which is gone; {remedy}")
-            voxels = {structure: int(values["n_ref"]) for structure, values in case.metrics.items()}
-            jobs.append((truth, case.prediction, voxels, result.ignore_label, tolerance))
-        scores = for_each_case(case_nsd, jobs, processes, f"NSD of {result.name}")
-        for case, score in zip(result.cases.values(), scores, strict=True):
-            for structure, value in score.items():
-                case.metrics[structure][NSD] = value
+    cases = [(result, case) for result in results for case in result.cases.values()]
+    jobs = []
+    for result, case in cases:
+        truth = truth_file(case, labels)
+        for file, remedy in (
+            (truth, "give the reference segmentations with -gt"),
+            (case.prediction, "keep the predictions beside summary.json, or leave --nsd out"),
+        ):
+            if not file.is_file():
+                raise LightNetsError(f"{result.name}: --nsd needs {file}, which is gone; {remedy}")
+        voxels = {structure: int(values["n_ref"]) for structure, values in case.metrics.items()}
+        jobs.append((truth, case.prediction, result.dataset_json, voxels, result.ignore_label, tolerance))
+    scores = for_each_case(case_nsd, jobs, processes, NSD)
+    for (_, case), score in zip(cases, scores, strict=True):
+        for structure, value in score.items():
+            case.metrics[structure][NSD] = value
 
 
 def case_nsd(
-    truth: Path, prediction: Path, voxels: dict[Structure, int], ignore_label: int | None, tolerance: float
+    truth: Path,
+    prediction: Path,
+    description: dict[str, Any],
+    voxels: dict[Structure, int],
+    ignore_label: int | None,
+    tolerance: float,
 ) -> dict[Structure, float]:
     """NSD of one case for each structure in ``voxels``, which says how many voxels of the reference were scored."""
-    reference, spacing = read_segmentation(truth)
-    predicted, _ = read_segmentation(prediction)
+    reference, spacing = read_segmentation(truth, description)
+    predicted, _ = read_segmentation(prediction, description)
     if reference.shape != predicted.shape:
         raise LightNetsError(f"{prediction} has shape {predicted.shape}, its reference {truth} {reference.shape}")
     scored = np.ones(reference.shape, bool) if ignore_label is None else reference != ignore_label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,18 @@ def image_file(case: Case, truth: Path, images: Path | None) -> Path | None:
     return next(iter(sorted(images.glob(f"{case.name}_0000.*"))), None)
 
 
-def read_segmentation(file: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
+def read_segmentation(file: Path, description: Mapping[str, Any]) -> tuple[NDArray[Any], tuple[float, ...]]:
     """A label map (Z, Y, X), or (Y, X) for 2D data and single slices, and its spacing in the same order.
+
+    Args:
+        file: the segmentation.
+        description: dataset.json, which may name the reader.
 
     Raises:
         LightNetsError: the file cannot be read.
     """
     try:
-        segmentation, properties = _reader(file).read_seg(str(file))
+        segmentation, properties = reader(file, description).read_seg(str(file))
     except Exception as error:  # every reader has its own errors
         raise LightNetsError(f"{file} cannot be read: {last_line(error)}") from error
     spacing = tuple(float(s) for s in properties["spacing"])  # nnU-Net's order, that of the array
@@ -63,14 +68,18 @@ def read_segmentation(file: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
     return array, spacing
 
 
-def read_image(file: Path) -> NDArray[np.float32]:
+def read_image(file: Path, description: Mapping[str, Any]) -> NDArray[np.float32]:
     """An image for the eye, between 0 and 1: (Z, Y, X) or (Y, X), with a last axis of 3 for colour pictures.
+
+    Args:
+        file: the image, one channel or a colour picture.
+        description: dataset.json, which may name the reader.
 
     Raises:
         LightNetsError: the file cannot be read.
     """
     try:
-        image = np.asarray(_reader(file).read_images([str(file)])[0], dtype=np.float32)  # (C, Z, Y, X)
+        image = np.asarray(reader(file, description).read_images([str(file)])[0], dtype=np.float32)  # (C, Z, Y, X)
     except Exception as error:  # every reader has its own errors
         raise LightNetsError(f"{file} cannot be read: {last_line(error)}") from error
     image = np.moveaxis(image, 0, -1) if image.shape[0] == 3 else image[0]  # (Z, Y, X) or (Z, Y, X, 3)
@@ -79,11 +88,29 @@ def read_image(file: Path) -> NDArray[np.float32]:
     return np.asarray(np.clip((image - low) / max(high - low, 1e-6), 0, 1), dtype=np.float32)
 
 
-def _reader(file: Path) -> Any:
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
-
+def reader(file: Path, description: Mapping[str, Any]) -> Any:
+    """nnU-Net's reader for a file of a data set; which one that is, is tried once for each kind of file."""
     ending = ".nii.gz" if file.name.endswith(".nii.gz") else file.suffix
-    return determine_reader_writer_from_file_ending(ending, verbose=False)()
+    return _reader_class(ending, str(description.get("overwrite_image_reader_writer")), file)()
+
+
+_READERS: dict[tuple[str, str], Any] = {}
+
+
+def _reader_class(ending: str, wanted: str, example: Path) -> Any:
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    if (ending, wanted) not in _READERS:
+        description = {"file_ending": ending, "overwrite_image_reader_writer": wanted}
+        # Several readers take TIFF files: only reading one tells whether it is a picture or a volume.
+        several = str(example) if ending.startswith(".tif") else None
+        _READERS[ending, wanted] = determine_reader_writer_from_dataset_json(description, several, verbose=False)
+    return _READERS[ending, wanted]
+
+
+def unit_of_spacing(file: Path, description: Mapping[str, Any]) -> str:
+    """``mm``, or ``px`` for pictures, whose files hold no spacing."""
+    return "px" if type(reader(file, description)).__name__ == "NaturalImage2DIO" else "mm"
 
 
 def structure_mask(segmentation: NDArray[Any], structure: Structure) -> NDArray[np.bool_]:

@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from result_folders import SPACING, TWO_LABELS, Dataset, ball, balls, folds_of, truth_map, worse, write_map
 
+from nnunetv2_lightnets.benchmark import scoring
 from nnunetv2_lightnets.benchmark.results import read_result
 from nnunetv2_lightnets.benchmark.scoring import add_nsd, for_each_case, nsd
-from nnunetv2_lightnets.benchmark.volumes import read_segmentation
+from nnunetv2_lightnets.benchmark.volumes import read_segmentation, unit_of_spacing
 from nnunetv2_lightnets.errors import LightNetsError
 
 pytest.importorskip("monai")
@@ -60,14 +62,14 @@ def test_empty_masks_follow_dice():
 
 def test_spacing_is_that_of_the_array(tmp_path):
     write_map(tmp_path / "volume.nii.gz", np.zeros((4, 5, 6), np.uint8), SPACING)
-    array, spacing = read_segmentation(tmp_path / "volume.nii.gz")
+    array, spacing = read_segmentation(tmp_path / "volume.nii.gz", {})
     assert (array.shape, spacing) == ((4, 5, 6), pytest.approx(SPACING))
     write_map(tmp_path / "slice.nii.gz", np.zeros((1, 5, 6), np.uint8), SPACING)
-    array, spacing = read_segmentation(tmp_path / "slice.nii.gz")
+    array, spacing = read_segmentation(tmp_path / "slice.nii.gz", {})
     assert (array.shape, spacing) == ((5, 6), pytest.approx(SPACING[1:]))
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
     with pytest.raises(LightNetsError, match=r"broken\.nii\.gz cannot be read: "):
-        read_segmentation(tmp_path / "broken.nii.gz")
+        read_segmentation(tmp_path / "broken.nii.gz", {})
 
 
 def test_nsd_of_result_folders(tmp_path):
@@ -100,9 +102,24 @@ def test_missing_files_are_named(tmp_path):
         add_nsd([result], 1.0, tmp_path / "nowhere", 1)
 
 
-def test_worker_processes_give_the_same_in_the_same_order():
+def test_worker_processes_give_the_same_in_the_same_order(monkeypatch):
     jobs = [(float(i), 1.0) for i in range(20)]
-    assert for_each_case(math.hypot, jobs, 2, "test") == for_each_case(math.hypot, jobs, 1, "test")
+    here = for_each_case(math.hypot, jobs, 2, "test")
+    monkeypatch.setattr(scoring, "_WORTH_WORKERS", 0)
+    assert for_each_case(math.hypot, jobs, 2, "test") == here == [math.hypot(*job) for job in jobs]
+
+
+def test_pictures_are_measured_in_pixels(tmp_path):
+    write_map(tmp_path / "volume.nii.gz", np.zeros((4, 5, 6), np.uint8), SPACING)
+    assert unit_of_spacing(tmp_path / "volume.nii.gz", {}) == "mm"
+    picture = sitk.GetImageFromArray(np.arange(30, dtype=np.uint8).reshape(5, 6))
+    for ending in ("png", "tif"):
+        sitk.WriteImage(picture, str(tmp_path / f"picture.{ending}"))
+        array, spacing = read_segmentation(tmp_path / f"picture.{ending}", {})
+        assert (array.shape, spacing) == ((5, 6), (1, 1))
+        assert unit_of_spacing(tmp_path / f"picture.{ending}", {}) == "px"
+    named = {"overwrite_image_reader_writer": "NibabelIO"}
+    assert read_segmentation(tmp_path / "volume.nii.gz", named)[0].shape == (4, 5, 6)
 
 
 def test_worse_predictions_score_less(tmp_path):
