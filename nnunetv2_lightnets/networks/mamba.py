@@ -133,6 +133,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Context without autocast; nothing at all where autocast is off, so that exported graphs stay plain."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()

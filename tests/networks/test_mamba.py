@@ -1,0 +1,107 @@
+"""The Mamba block: parity with the published one, its parts equal to the whole, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
+
+
+def trained(d_model: int, **kwargs) -> Mamba:
+    """A block whose parameters are away from where they start."""
+    mamba = Mamba(d_model, **kwargs)
+    with torch.no_grad():
+        for parameter in mamba.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return mamba
+
+
+def test_outputs_and_gradients_are_the_published_ones(golden):
+    case = golden("mamba_block")
+    mamba = Mamba(case.manifest["kwargs"]["d_model"])
+    mamba.load_state_dict({key.removeprefix("mamba."): tensor for key, tensor in case.state.items()})
+    assert sum(p.numel() for p in mamba.parameters()) == case.manifest["n_params"]
+    tokens = case.ordered("input", "a")[0].requires_grad_()
+    out = mamba(tokens)
+    torch.testing.assert_close(out, case.ordered("output", "a")[0], rtol=0, atol=1e-5)
+    out.square().sum().backward()
+    published = case.group("grad")
+    torch.testing.assert_close(tokens.grad, published.pop("@input"), rtol=1e-4, atol=1e-5)
+    published.pop("@loss")
+    found = dict(mamba.named_parameters())
+    assert {f"mamba.{key}" for key in found} == published.keys()
+    for key, parameter in found.items():
+        torch.testing.assert_close(parameter.grad, published[f"mamba.{key}"], rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_starts_as_the_paper_says():
+    mamba = Mamba(64)
+    dt = F.softplus(mamba.dt_proj.bias)
+    assert dt.min() >= 0.99e-3 and dt.max() <= 0.101
+    # Log-uniform: the logarithms spread evenly, mean in the middle and deviation of the uniform distribution.
+    logarithm = torch.log10(F.softplus(Mamba(2048).dt_proj.bias.detach()))
+    assert logarithm.mean() == pytest.approx(-2, abs=0.05) and logarithm.std() == pytest.approx(2 / 12**0.5, abs=0.03)
+    torch.testing.assert_close(mamba.A, -torch.arange(1.0, 17).expand(128, 16))
+    assert torch.all(mamba.D == 1)
+    assert mamba.dt_proj.weight.abs().max() <= mamba.dt_rank**-0.5 == 0.5
+
+
+def test_a_token_sees_itself_and_those_before_it_in_its_own_sequence():
+    mamba, tokens = trained(12), torch.randn(2, 50, 12)
+    changed = tokens.clone()
+    changed[0, 20] += 1
+    before, after = mamba(tokens), mamba(changed)
+    different = (before != after).any(-1)
+    assert not different[1].any() and not different[0, :20].any() and different[0, 20:].all()
+
+
+@pytest.mark.parametrize("length", [32, 33, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sequence_in_parts_is_the_sequence_as_a_whole(length, dtype):
+    mamba, tokens = trained(20, d_state=8, d_conv=3).to(dtype), torch.randn(2, 100, 20, dtype=dtype)
+    with torch.no_grad():
+        whole, stream = mamba(tokens), MambaStream(mamba)
+        assert stream.history == 8 + 2
+        parts = [stream(tokens[:, max(0, start - stream.history) : start + length]) for start in range(0, 100, length)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=tolerance * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 1e-2), (1.0, 16.0), (100.0, 1000.0)])
+def test_parts_are_equal_whatever_the_decay(rates):
+    """From memories of thousands of tokens, where errors would add up, to none."""
+    mamba, tokens = trained(8).double(), torch.randn(1, 2000, 8, dtype=torch.float64)
+    with torch.no_grad():
+        mamba.A_log.uniform_(*torch.tensor(rates).log().tolist())
+        exact, mamba, tokens = mamba(tokens), mamba.float(), tokens.float()
+        whole, stream = mamba(tokens), MambaStream(mamba)
+        parts = torch.cat([stream(tokens[:, max(0, s - stream.history) : s + 100]) for s in range(0, 2000, 100)], 1)
+    scale = exact.abs().max().item()
+    assert (whole - exact).abs().max() < 1e-5 * scale
+    assert (parts - exact).abs().max() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_what_half_precision_cannot_hold(dtype):
+    """The scan's output reaches 1e6 in training (float16 ends at 65504), and so does the block's."""
+    mamba, tokens = trained(16), torch.randn(1, 40, 16)
+    with torch.no_grad():
+        mamba.D.mul_(1e7)
+    full = mamba(tokens)
+    assert full.abs().max() > 65504
+    with torch.autocast("cpu", dtype):
+        found = mamba(tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, full, rtol=0, atol=0.03 * full.abs().max().item())
+    (found / 1e7).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in mamba.parameters())
+
+
+def test_runs_with_parameters_in_half_precision():
+    mamba, tokens = trained(16), torch.randn(1, 40, 16)
+    full = mamba(tokens)
+    found = mamba.bfloat16()(tokens.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), full, rtol=0, atol=0.03 * full.abs().max().item())
