@@ -7,7 +7,7 @@ et al., "VMamba: Visual State Space Model", arXiv:2401.10166, section 4.2 (SS2D)
 
 from __future__ import annotations
 
-from typing import Literal, cast, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def selective_scan(
         )
     scan = _cast(u, delta, A, B, C, D, z, delta_bias)
     out, last_state, _ = torch.ops.nnunetv2_lightnets.selective_scan(*scan, delta_softplus, _needs_grad(scan))
-    out = out.to(u.dtype)
+    out = _to(out, u.dtype)
     return (out, last_state) if return_last_state else out
 
 
@@ -167,12 +167,12 @@ def directional_scan(
     u_cast, delta, A, B, C, D, _, delta_bias = _cast(u, delta, A, B, C, D, None, delta_bias)
     scan = (u_cast, delta, A, B, C, D, delta_bias)
     y, _ = torch.ops.nnunetv2_lightnets.directional_scan(*scan, delta_softplus, order, _needs_grad(scan))
-    return cast(Tensor, y.to(u.dtype))
+    return _to(y, u.dtype)
 
 
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
     """Compare a shape with the expected one, in which None stands for any positive size."""
-    if tensor is None:
+    if tensor is None or tensor.shape == expected:
         return
     fits = tensor.dim() == len(expected) and all(
         size > 0 if wanted is None else size == wanted for size, wanted in zip(tensor.shape, expected, strict=True)
@@ -202,15 +202,19 @@ def _cast(
             dtype = torch.promote_types(dtype, tensor.dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return (
-        u.to(dtype),
-        delta.to(dtype),
-        A.to(compute),
-        B.to(dtype),
-        C.to(dtype),
-        None if D is None else D.to(compute),
-        None if z is None else z.to(dtype),
-        None if delta_bias is None else delta_bias.to(compute),
+        _to(u, dtype),
+        _to(delta, dtype),
+        _to(A, compute),
+        _to(B, dtype),
+        _to(C, dtype),
+        None if D is None else _to(D, compute),
+        None if z is None else _to(z, dtype),
+        None if delta_bias is None else _to(delta_bias, compute),
     )
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # comparing costs a fraction of the call
 
 
 def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
