@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops.library import define, define_backward
-from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend, in_one_line
 from nnunetv2_lightnets.ops.selective_scan.layout import compute_dtype, in_layout_of
 
 
@@ -71,12 +71,15 @@ def package_unavailable() -> str | None:
     """Why the package causal-conv1d cannot be used, None if it answers a small call and its gradient rightly."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    # A broken build may fail in any way, and must only cost this kernel.
+    try:
+        _package()
+    except Exception as error:
+        return f"it cannot be imported ({in_one_line(error)})"
     try:
         return _probe()
-    except (ImportError, AttributeError) as error:
-        return f"it cannot be imported ({error})"
-    except Exception as error:  # a broken build may fail in any way, and must only cost this kernel
-        return f"it fails on a small call ({type(error).__name__}: {error})"
+    except Exception as error:
+        return f"it fails on a small call ({in_one_line(error)})"
 
 
 def _probe() -> str | None:

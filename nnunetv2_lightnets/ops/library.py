@@ -9,6 +9,7 @@ call, and seconds at the first call, in which it imports the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,9 +40,22 @@ def define(
     """
     name = f"{NAMESPACE}::{schema[: schema.index('(')]}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))  # type: ignore[no-untyped-call]
-    _library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(name, fake, lib=_library)
     torch.library.register_autograd(name, gradient, setup_context=setup_context, lib=_library)
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would reach into the kernel, and compute its matrix products in half precision."""
+
+    @wraps(kernel)
+    def run(first: Tensor, *others: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return kernel(first, *others)
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *others)
+
+    return run
 
 
 def define_backward(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:

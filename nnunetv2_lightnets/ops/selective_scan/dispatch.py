@@ -119,13 +119,19 @@ class Backend(Protocol):
         """Gradients of u, delta, A, B, C, D and delta_bias; None where the argument is None."""
 
 
+def in_one_line(error: Exception) -> str:
+    """An error's type and the first line of its text; those of CUDA go on for many."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
 @cache
 def _load(name: str) -> Backend | str:
     """The module of a backend, or the reason why it cannot be imported."""
     try:
         return cast(Backend, importlib.import_module(f"nnunetv2_lightnets.ops.selective_scan.{_MODULES[name]}"))
     except Exception as error:  # whatever an optional dependency does on import must not reach the caller
-        return f"its module cannot be imported ({type(error).__name__}: {error})"
+        return f"its module cannot be imported ({in_one_line(error)})"
 
 
 def _find(name: str) -> Backend | str:

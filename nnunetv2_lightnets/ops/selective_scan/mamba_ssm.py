@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.ops.selective_scan import chunked, reference
+from nnunetv2_lightnets.ops.selective_scan.dispatch import in_one_line
 from nnunetv2_lightnets.ops.selective_scan.layout import directional_from_plain, n_chunks
 
 NAME = "mamba_ssm"
@@ -38,12 +39,15 @@ def unavailable() -> str | None:
     """Why the kernel cannot run on this machine, None if it answers a small scan and its gradients rightly."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    # A broken build may fail in any way, and must only cost this backend.
+    try:
+        _kernel()
+    except Exception as error:
+        return f"mamba-ssm's compiled module selective_scan_cuda cannot be imported ({in_one_line(error)})"
     try:
         return _probe()
-    except ImportError as error:
-        return f"mamba-ssm's compiled module selective_scan_cuda cannot be imported ({error})"
-    except Exception as error:  # a broken build may fail in any way, and must only cost this backend
-        return f"mamba-ssm's kernel fails on a small scan ({type(error).__name__}: {error})"
+    except Exception as error:
+        return f"mamba-ssm's kernel fails on a small scan ({in_one_line(error)})"
 
 
 def _probe() -> str | None:
