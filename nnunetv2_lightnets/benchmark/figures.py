@@ -1,4 +1,4 @@
-"""Charts of a comparison: differences with their intervals, spread of scores, case against case.
+"""Charts: differences with their intervals, spread of scores, case against case, scores and seconds against costs.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart, and shapes differ as well, for print. Charts are
 as wide as a phone, so that their letters stay readable there; the page puts them side by side where there is room.
@@ -208,3 +208,68 @@ def case_against_case(table: Table, index: int) -> Figure:
     axes.set_xlabel(f"{table.metric} of {short(reference)}")
     axes.set_ylabel(f"{table.metric} of {short(result)}")
     return figure
+
+
+def pareto(
+    names: Sequence[str], x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, *, more_is_better: bool
+) -> Figure:
+    """Cost ``x``, on a logarithmic axis, against ``y``; results that no other one beats in both are filled and joined.
+
+    Args:
+        names: of the results, written beside the points.
+        x: cost, less is better.
+        y: another cost (logarithmic axis), or a score.
+        x_label: axis label.
+        y_label: axis label.
+        more_is_better: whether ``y`` is a score.
+    """
+    goodness = np.asarray(y) if more_is_better else -np.asarray(y)
+    order = np.lexsort((-goodness, np.asarray(x)))
+    front, best = [], -np.inf
+    for i in order:
+        if goodness[i] > best:
+            front.append(int(i))
+            best = goodness[i]
+    height = max(2.9, 0.9 + 0.16 * len(names))
+    figure, axes = _axes(WIDTH, height)
+    axes.set_xscale("log")
+    if not more_is_better:
+        axes.set_yscale("log")
+    axes.spines["left"].set_visible(True)
+    axes.plot([x[i] for i in front], [y[i] for i in front], color=COLOURS[0], lw=1, alpha=0.6, zorder=1)
+    for i in range(len(names)):
+        face = COLOURS[0] if i in front else "white"
+        axes.plot(x[i], y[i], "o", ms=6, mfc=face, mec=COLOURS[0] if i in front else GREY, mew=1.1, zorder=2)
+    axes.margins(0.08)
+    axes.grid(color="#e5e5e5", lw=0.7)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _labels_beside(axes, [short(name) for name in names], x, y, [i in front for i in range(len(names))], height)
+    return figure
+
+
+def _labels_beside(
+    axes: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float], bold: Sequence[bool], height: float
+) -> None:
+    """Labels in a column right of the axes, in the order of the points, each with a thin line to its point."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = to_axes.transform(np.column_stack([x, y]))[:, 1]
+    gap = 10.5 / ((height - 0.6) * 72)  # a line of text, as a share of the axes' height
+    order = np.argsort(wanted, kind="stable")
+    at = wanted[order].copy()
+    for k in range(1, len(at)):
+        at[k] = max(at[k], at[k - 1] + gap)
+    at -= max(0.0, at[-1] - 1.0)  # down again, where the pile is higher than the axes
+    for k in range(len(at) - 2, -1, -1):
+        at[k] = min(at[k], at[k + 1] - gap)
+    for position, i in zip(at, order, strict=True):
+        axes.annotate(
+            names[i],
+            (x[i], y[i]),
+            xytext=(1.04, position),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7.5,
+            weight="bold" if bold[i] else "normal",
+            arrowprops={"arrowstyle": "-", "color": "#b5b5b5", "lw": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )
