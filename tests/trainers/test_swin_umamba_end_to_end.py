@@ -20,7 +20,7 @@ from nnunetv2_lightnets.networks import create_network
 from nnunetv2_lightnets.pretrained.cache import CACHE_VARIABLE
 from nnunetv2_lightnets.pretrained.vmamba import vmamba_tiny_shapes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DATA = Path(os.environ.get("LIGHTNETS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 N_TRAIN, N_TEST = 8, 2
@@ -68,7 +68,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     nnunet.must("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "2d", "-np", "1")
     plans_file = nnunet.preprocessed / dataset / "nnUNetPlans.json"
     plans = json.loads(plans_file.read_text())
-    plans["configurations"]["2d"].update(batch_size=2, patch_size=[120, 128])
+    plans["configurations"]["2d"].update(batch_size=2, patch_size=[248, 256])
     plans_file.write_text(json.dumps(plans))
     state = {key: 0.02 * torch.randn(shape) for key, shape in vmamba_tiny_shapes().items()}
     return Case(dataset, trainer, network, channels, nnunet, nnunet.folder / "cache", state)
