@@ -16,6 +16,7 @@ from nnunetv2_lightnets.benchmark.report import NOTHING, _markdown, number
 from nnunetv2_lightnets.errors import LightNetsError
 
 Row = dict[str, Any]
+NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
 
 
 def write_benchmark(benchmark: dict[str, Any], folder: Path, scores: Mapping[str, float]) -> list[Path]:
@@ -80,7 +81,7 @@ def seconds(value: float | None) -> str:
     """``1.23 s`` or ``45.6 ms``."""
     if value is None:
         return NOTHING
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+    return f"{value:.2f}{NBSP}s" if value >= 1 else f"{1000 * value:.1f}{NBSP}ms"
 
 
 def spread(timing: Mapping[str, Any] | None) -> str:
@@ -90,22 +91,25 @@ def spread(timing: Mapping[str, Any] | None) -> str:
     if timing["runs"] == 1:
         return "1 run"
     low, high = timing["quartiles"]
-    return f"{seconds(low)} to {seconds(high)}, {timing['runs']} runs"
+    first, last = seconds(low), seconds(high)
+    if first.split(NBSP)[1] == last.split(NBSP)[1]:
+        first = first.split(NBSP)[0]
+    return f"{first} to {last}, {timing['runs']} runs"
 
 
 def megabytes(value: float | None) -> str:
     """``63 MB``."""
-    return NOTHING if value is None else f"{value / 1e6:,.0f} MB"
+    return NOTHING if value is None else f"{value / 1e6:,.0f}{NBSP}MB"
 
 
 def millions(value: float | None) -> str:
     """``5.016 M``."""
-    return NOTHING if value is None else f"{value / 1e6:.3f} M"
+    return NOTHING if value is None else f"{value / 1e6:.3f}{NBSP}M"
 
 
 def giga(value: float | None) -> str:
     """``177.19 G``."""
-    return NOTHING if value is None else f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e9:.4f} G"
+    return NOTHING if value is None else f"{value / 1e9:.2f}{NBSP}G" if value >= 1e9 else f"{value / 1e9:.4f}{NBSP}G"
 
 
 def described(value: Any) -> str:
@@ -205,7 +209,7 @@ def _charts(rows: list[Row], scores: Mapping[str, float]) -> list[tuple[str, str
         for cost, amount in costs:
             if len(points) < 2 or any(amount(row) <= 0 for row in points):
                 continue
-            caption = f"{goal.capitalize()} against {cost}. Filled: no other network is better in both."
+            caption = f"{goal[0].upper()}{goal[1:]} against {cost}. Filled: no other network is better in both."
             figure = figures.pareto(
                 [row["name"] for row in points],
                 [amount(row) for row in points],
