@@ -19,7 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
@@ -282,7 +282,8 @@ def _limits(values: Sequence[float], *, logarithmic: bool) -> tuple[float, float
 def _plain_numbers(axis: Axis, values: Sequence[float]) -> None:
     """Plain numbers on a logarithmic axis, more of them where it is short."""
     decades = np.log10(max(values) / min(values))
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,)))
+    many = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,))
+    axis.set_major_locator(many if decades > 0.7 else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -249,13 +249,11 @@ def autocast(device: Any) -> Any:
 
 def timed(step: Callable[[], Any], seconds: float, device: Any) -> dict[str, Any]:
     """Seconds that a step takes: median and quartiles of repetitions, after one for warming up."""
-    import torch
 
     def once() -> float:
         start = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     first = once()
@@ -266,6 +264,16 @@ def timed(step: Callable[[], Any], seconds: float, device: Any) -> dict[str, Any
         runs = [once() for _ in range(max(_FEWEST, min(_MOST, int(seconds / max(warm, 1e-9)))))]
     low, median, high = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else runs * 3
     return {"median": median, "quartiles": [low, high], "runs": len(runs)}
+
+
+def synchronize(device: Any) -> None:
+    """Wait until the device has done what it was told."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class Memory:
