@@ -307,7 +307,9 @@ def _table(
 def _fill(family: Sequence[Table], names: Sequence[str], settings: Settings) -> None:
     """Fill in the statistics of tables whose tests are corrected together: one family for Holm's correction."""
     resampling = {"resamples": settings.resamples, "seed": settings.seed}
-    for table in family:
+    from tqdm import tqdm
+
+    for table in tqdm(family, desc=f"bootstrap, {family[0].metric}", unit="table", leave=False):
         table.friedman = statistics.friedman(table.values)
         mean_ranks = statistics.ranks(table.values).mean(axis=0)
         first = statistics.first_place(table.values, **resampling)

@@ -134,7 +134,7 @@ def forest(tables: Sequence[Table], reference: str, margin: float) -> Figure:
 
 
 def spread(table: Table) -> Figure:
-    """Every case of every result as a point, quartiles as a box, the mean as a bar."""
+    """Every case (or subject) of every result as a point, quartiles as a box, the mean as a bar."""
     names = [score.result for score in table.scores]
     figure, axes = _axes(WIDTH, 0.9 + 0.5 * len(names))
     rng = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def spread(table: Table) -> Figure:
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", color="#e5e5e5", lw=0.7)
-    axes.set_xlabel(f"{table.metric}, {table.title}, one point per case")
+    axes.set_xlabel(f"{table.metric}, {table.title}")
     return figure
 
 

@@ -260,19 +260,19 @@ def _picture(
 def _charts(comparison: Comparison, metric: str) -> list[tuple[str, str]]:
     """Charts of one metric as (svg, caption)."""
     overall, margin = comparison.overall(metric), comparison.settings.margin
-    reference = comparison.reference.name
+    reference, one = comparison.reference.name, unit(comparison)
     captions: list[tuple[Figure, str]] = [
         (
             figures.forest([overall, *comparison.by_structure(metric)], reference, margin),
             f"Mean difference from {reference} with 95 % interval; left of 0 is a loss, left of the dashed line a loss "
             "beyond the margin.",
         ),
-        (figures.spread(overall), "Every case; box: quartiles and median, coloured bar: mean."),
+        (figures.spread(overall), f"Every {one}; box: quartiles and median, coloured bar: mean."),
     ]
     captions += [
         (
             figures.case_against_case(overall, j),
-            f"{comparison.names[j]} against {reference}, case by case; points below the line are losses.",
+            f"{comparison.names[j]} against {reference}, {one} by {one}; points below the line are losses.",
         )
         for j in range(1, len(comparison.results))
     ]

@@ -169,6 +169,17 @@ def test_equal_results_do_not_differ(folders):
     assert compare(results, FAST).losses == []
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_very_few_cases(tmp_path, n):
+    dataset = balls(tmp_path, n)
+    pair = [dataset.trainer(name, folds_of(dataset, share, n_folds=1)) for name, share in (("a", 0.1), ("b", 0.3))]
+    comparison = compare(read_results([str(folder) for folder in pair]), FAST)
+    d = comparison.overall().differences[0]
+    assert (d.interval is None, d.lower is None, d.p) == (n < 3, n < 3, 2 / 2**n)
+    write_report(comparison, tmp_path / "out")
+    assert Page((tmp_path / "out" / "compare.html").read_text(encoding="utf-8")).tags.count("svg") == 3
+
+
 def test_largest_losses(comparison, folders):
     reference, poor = dice(folders[0]), dice(folders[2])
     worst = np.argsort(poor - reference)[:3]
@@ -373,6 +384,20 @@ def test_without_predictions_there_are_reasons_instead_of_pictures(folders, tmp_
     page = Page((tmp_path / "compare.html").read_text(encoding="utf-8"))
     assert "img" not in page.tags
     assert any("gone.nii.gz is gone" in text for text in page.text)
+
+
+def test_the_page_of_the_documentation_shows_what_was_measured():
+    """Every row of its table is a row of the recorded results."""
+    root = Path(__file__).resolve().parents[2]
+    with open(root / "benchmarks" / "results" / "statistics_checks.csv", newline="") as file:
+        recorded = {(row["differences"], row["cases"]): list(row.values()) for row in csv.DictReader(file)}
+    text = (root / "docs" / "compare.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 7 and row[1].isdigit()]
+    assert len(rows) == 10
+    for name, cases, *shown in rows:
+        row = recorded[{"5 % of cases fail": "rare failures"}.get(name, name), cases]
+        assert shown == [row[3], row[4], row[6], row[7], row[8]]
 
 
 def test_formats():
