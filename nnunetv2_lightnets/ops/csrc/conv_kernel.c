@@ -20,7 +20,7 @@ enum { HALO_MOST = LN_CHUNK }; /* width - 1; native.py refuses wider kernels */
 enum { ROWS_MOST = LN_CHUNK + 2 * HALO_MOST + LANES }; /* read_tile rounds up to whole vectors of tokens */
 
 typedef struct {
-    real x[ROWS_MOST * WIDTH], g[ROWS_MOST * WIDTH], out[LN_CHUNK * WIDTH];
+    real x[ROWS_MOST * WIDTH], g[ROWS_MOST * WIDTH], s[ROWS_MOST * WIDTH], gate[ROWS_MOST * WIDTH], out[LN_CHUNK * WIDTH];
     real weight[(HALO_MOST + 1) * WIDTH], bias[WIDTH]; /* (width, WIDTH) */
 } tiles;
 
@@ -67,10 +67,13 @@ static void forward_task(const void *context, int64_t task, void *scratch) {
             read_weights(m, c, channel, channels);
             read_span(m->x, &c->x, b * c->x.batch + channel * c->x.channel, channels, first - halo, first + tokens.count,
                       c->length);
-            for (int i = 0; i < tokens.count * WIDTH; i += LANES) {
-                vec s = convolve(m, m->x + i, width);
-                if (c->silu) s *= sigmoid_of(s);
-                store(m->out + i, s);
+            for (int i = 0; i < tokens.count * WIDTH; i += LANES) store(m->out + i, convolve(m, m->x + i, width));
+            if (c->silu) {
+                for (int i = 0; i < tokens.count * WIDTH; i += LANES) store(m->gate + i, folded_exp(load(m->out + i)));
+                for (int i = 0; i < tokens.count * WIDTH; i += LANES) {
+                    const vec s = load(m->out + i);
+                    store(m->out + i, s * sigmoid_from(s, load(m->gate + i)));
+                }
             }
             write_tile(m->out, &c->y, b * c->y.batch + channel * c->y.channel, channels, &tokens, false);
         }
@@ -95,11 +98,18 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
             read_span(m->x, &c->x, b * c->x.batch + channel * c->x.channel, channels, first - halo, end + halo, c->length);
             read_span(m->g, &c->grad_y, b * c->grad_y.batch + channel * c->grad_y.channel, channels, first, end + halo,
                       c->length);
-            if (c->silu)
-                for (int i = 0; i < (tokens.count + halo) * WIDTH; i += LANES) {
-                    const vec s = convolve(m, m->x + i, width), gate = sigmoid_of(s);
+            if (c->silu) {
+                const int reach = (tokens.count + halo) * WIDTH;
+                for (int i = 0; i < reach; i += LANES) {
+                    const vec s = convolve(m, m->x + i, width);
+                    store(m->s + i, s);
+                    store(m->gate + i, folded_exp(s));
+                }
+                for (int i = 0; i < reach; i += LANES) {
+                    const vec s = load(m->s + i), gate = sigmoid_from(s, load(m->gate + i));
                     store(m->g + i, load(m->g + i) * gate * (1 + s * (1 - gate)));
                 }
+            }
             for (int i = 0; i < tokens.count * WIDTH; i += LANES) {
                 vec dx = splat(0);
                 for (int k = 0; k < width; k++)

@@ -74,7 +74,7 @@ typedef struct {
 } block;
 
 enum { TILE = LN_CHUNK * WIDTH, TILES = 10 };
-enum { DECAY = LN_CHUNK * GROUP_BACKWARD * WIDTH, HISTORY = DECAY + GROUP_BACKWARD * WIDTH };
+enum { DECAY = LN_CHUNK * GROUP_BACKWARD * LANES, HISTORY = DECAY + GROUP_BACKWARD * LANES };
 
 typedef struct {
     real *tile[TILES];
@@ -82,6 +82,7 @@ typedef struct {
     real *B, *C, *h;       /* (LN_CHUNK, states), the same, (states, WIDTH) */
     real *dBC, *dB, *dC;   /* as ln_tile has it, and sorted: (LN_CHUNK, states) each */
     block *blocks;
+    int64_t packed[LN_CHUNK]; /* where the rows of a tile begin */
 } memory;
 
 static size_t rows_of_states(const plan *p) { return (size_t)LN_CHUNK * (size_t)p->padded; }
@@ -99,6 +100,7 @@ static memory lay_out(const plan *p, void *scratch) {
     const size_t matrix = (size_t)p->padded * WIDTH;
     memory m;
     real *at = scratch;
+    for (int t = 0; t < LN_CHUNK; t++) m.packed[t] = t * WIDTH;
 #define TAKE(count) (at += (count), at - (count))
     for (int i = 0; i < TILES; i++) m.tile[i] = TAKE(TILE);
     m.history = TAKE(HISTORY), m.decay = TAKE(DECAY);
@@ -149,6 +151,13 @@ static void start_blocks(const plan *p, const memory *m, const share *my, int64_
 /* tile[t][n] = x[offset + n * x->channel + token * x->token]: B or C, with states `padded` up with zeros. */
 static void read_states(real *restrict tile, const ln_tensor *x, int64_t offset, int states, int padded, const ln_tokens *tokens) {
     if (padded > states) memset(tile, 0, sizeof(real) * (size_t)(padded * tokens->count));
+    if (x->channel == 1 && x->dtype == REAL_DTYPE && states % LANES == 0) {
+        for (int t = 0; t < tokens->count; t++) {
+            const real *row = (const real *)x->data + offset + token_at(tokens, t) * x->token;
+            for (int n = 0; n < states; n += LANES) store_loose(tile + t * padded + n, load_loose(row + n));
+        }
+        return;
+    }
     if (x->channel == 1) {
         for (int t = 0; t < tokens->count; t++)
             read_row(tile + t * padded, x, offset + token_at(tokens, t) * x->token, 1, states, NULL);
@@ -164,6 +173,13 @@ static void read_states(real *restrict tile, const ln_tensor *x, int64_t offset,
 /* The way back, for dB and dC. */
 static void write_states(const real *restrict tile, const ln_tensor *x, int64_t offset, int states, int padded,
                          const ln_tokens *tokens) {
+    if (x->channel == 1 && x->dtype == REAL_DTYPE && states % LANES == 0) {
+        for (int t = 0; t < tokens->count; t++) {
+            real *row = (real *)x->data + offset + token_at(tokens, t) * x->token;
+            for (int n = 0; n < states; n += LANES) store_loose(row + n, load_loose(tile + t * padded + n));
+        }
+        return;
+    }
     if (x->channel == 1) {
         for (int t = 0; t < tokens->count; t++)
             write_row(tile + t * padded, x, offset + token_at(tokens, t) * x->token, 1, states, NULL, false);
@@ -213,25 +229,88 @@ static void leave_segment(const plan *p, const block *k, int64_t b, int64_t dire
     save_states(p, k, k->state, states_at(p, p->segment_states, b, direction, p->segments, q));
 }
 
+/* ---- Rows of a block, in tensors or in tiles ---- */
+
+/* Row t, of the channels of a block, begins at base + at[t]; the same row of the chunk to come at base + next[t]. */
+typedef struct {
+    real *base;
+    const int64_t *at, *next;
+} rows;
+
+/* A tensor's rows in this chunk and the next one, counted from its first channel. */
+typedef struct {
+    const ln_tensor *x;
+    int64_t outer, at[LN_CHUNK], next[LN_CHUNK];
+} row_offsets;
+
+static void find_rows(const ln_tensor *x, const ln_tokens *tokens, int64_t *at) {
+    for (int t = 0; t < tokens->count; t++) at[t] = token_at(tokens, t) * x->token;
+}
+
+static row_offsets first_rows(const ln_tensor *x, int64_t b, int64_t outer, const ln_tokens *tokens) {
+    row_offsets o = {.x = x, .outer = b * x->batch + outer * x->outer};
+    if (x->data) find_rows(x, tokens, o.next);
+    return o;
+}
+
+/* Moves on by a chunk; `coming` is the one after it, or NULL. */
+static void next_rows(row_offsets *o, const ln_tokens *coming) {
+    memcpy(o->at, o->next, sizeof o->at);
+    if (coming && o->x->data) find_rows(o->x, coming, o->next);
+}
+
+/* Rows to read: where they lie, or brought into `tile`. */
+static rows read_rows(const row_offsets *o, const block *k, const ln_tokens *tokens, real *tile, const memory *m) {
+    const int64_t offset = o->outer + k->channel * o->x->channel;
+    if (whole_rows(o->x, k->channels)) return (rows){(real *)o->x->data + offset, o->at, o->next};
+    read_tile(tile, o->x, offset, k->channels, tokens);
+    return (rows){tile, m->packed, m->packed};
+}
+
+/* Rows to write: where they lie, or in `tile`, from which finish_rows takes them. */
+static rows write_rows(const row_offsets *o, const block *k, real *tile, const memory *m) {
+    if (!whole_rows(o->x, k->channels)) return (rows){tile, m->packed, m->packed};
+    return (rows){(real *)o->x->data + o->outer + k->channel * o->x->channel, o->at, o->next};
+}
+
+static void finish_rows(const row_offsets *o, const block *k, const ln_tokens *tokens, const real *tile, bool add) {
+    if (!whole_rows(o->x, k->channels))
+        write_tile(tile, o->x, o->outer + k->channel * o->x->channel, k->channels, tokens, add);
+}
+
+INLINE vec row_load(rows x, int t, int r) { return load_loose(x.base + x.at[t] + r * LANES); }
+INLINE void row_store(rows x, int t, int r, vec v) { store_loose(x.base + x.at[t] + r * LANES, v); }
+
+/* A chunk's rows are far apart in memory, which the processor's own prefetching does not see through. */
+INLINE void prefetch(rows x, int t) { __builtin_prefetch(x.base + x.next[t], 0, 2); }
+INLINE void prefetch_to_write(rows x, int t) { __builtin_prefetch(x.base + x.next[t], 1, 2); }
+
 /* ---- Element-wise work around the recurrence ---- */
 
-/* delta becomes dt; x = dt u; slope = d dt / d delta where asked for. Returns max |dt|. */
-static real prepare(real *restrict delta, const real *restrict u, real *restrict x, real *restrict slope, const block *k,
-                    int tokens, bool softplus) {
+/* dt = softplus(delta + bias), x = dt u, slope = d dt / d delta where asked for. Returns max |dt|. */
+static real prepare(real *restrict dt_tile, real *restrict x_tile, real *restrict slope_tile, rows delta, rows u,
+                    const block *k, int tokens, bool softplus) {
     vec most = splat(0);
     for (int r = 0; r < k->registers; r++) {
         const vec bias = load(k->bias + r * LANES);
+        real *dt = dt_tile + r * LANES, *x = x_tile + r * LANES, *slope = slope_tile + r * LANES;
         for (int t = 0; t < tokens; t++) {
-            const int at = t * WIDTH + r * LANES;
-            vec dt = load(delta + at) + bias;
-            if (softplus) {
-                vec d;
-                dt = softplus_of(dt, slope ? &d : NULL);
-                if (slope) store(slope + at, d);
-            }
-            store(delta + at, dt);
-            store(x + at, dt * load(u + at));
-            most = at_least(magnitude(dt), most);
+            const vec v = row_load(delta, t, r) + bias;
+            store(dt + t * WIDTH, v);
+            if (softplus) store(x + t * WIDTH, folded_exp(v));
+            if (r == 0) prefetch(delta, t);
+        }
+        if (softplus && slope_tile)
+            for (int t = 0; t < tokens; t++)
+                store(slope + t * WIDTH, sigmoid_from(load(dt + t * WIDTH), load(x + t * WIDTH)));
+        if (softplus)
+            for (int t = 0; t < tokens; t++)
+                store(dt + t * WIDTH, softplus_from(load(dt + t * WIDTH), load(x + t * WIDTH)));
+        for (int t = 0; t < tokens; t++) {
+            const vec v = load(dt + t * WIDTH);
+            store(x + t * WIDTH, v * row_load(u, t, r));
+            most = at_least(magnitude(v), most);
+            if (r == 0) prefetch(u, t);
         }
     }
     real result = 0;
@@ -248,47 +327,72 @@ static void add_up_dt(const block *k, const real *dt, int tokens) {
     }
 }
 
-/* y + D u, times z sigmoid(z) where z is given. */
-static void finish_forward(real *restrict y, const real *restrict u, const real *restrict z, const block *k, int tokens) {
+/* gate = sigmoid(z) */
+static void open_gate(real *restrict gate, rows z, const block *k, int tokens) {
     for (int r = 0; r < k->registers; r++) {
-        const vec D = load(k->D + r * LANES);
         for (int t = 0; t < tokens; t++) {
-            const int at = t * WIDTH + r * LANES;
-            vec out = load(y + at) + D * load(u + at);
-            if (z) out *= load(z + at) * sigmoid_of(load(z + at));
-            store(y + at, out);
+            store(gate + t * WIDTH + r * LANES, folded_exp(row_load(z, t, r)));
+            if (r == 0) prefetch(z, t);
+        }
+        for (int t = 0; t < tokens; t++) {
+            real *at = gate + t * WIDTH + r * LANES;
+            store(at, sigmoid_from(row_load(z, t, r), load(at)));
         }
     }
 }
 
-/* gy = grad_out times the gate; dz's factor beside y, grad_out d(z sigmoid(z)) / dz, takes the place of z. */
-static void gate_gradient(real *restrict gy, real *restrict z, const block *k, int tokens) {
+/* out = (y + D u), times z sigmoid(z) where a gate is given, plus what is there if `add`. */
+static void finish_forward(rows out, const real *y, rows u, rows z, const real *gate, const block *k, int tokens, bool add) {
+    for (int r = 0; r < k->registers; r++) {
+        const vec D = load(k->D + r * LANES);
+        for (int t = 0; t < tokens; t++) {
+            vec v = load(y + t * WIDTH + r * LANES) + D * row_load(u, t, r);
+            if (gate) v *= row_load(z, t, r) * load(gate + t * WIDTH + r * LANES);
+            if (r == 0) prefetch_to_write(out, t);
+            row_store(out, t, r, add ? v + row_load(out, t, r) : v);
+        }
+    }
+}
+
+/* gy = grad_out times z sigmoid(z) where a gate is given; gate becomes what y has to be multiplied with to be dz. */
+static void gradient_of_y(real *restrict gy, real *restrict gate, rows grad_out, rows z, const block *k, int tokens) {
     for (int r = 0; r < k->registers; r++)
         for (int t = 0; t < tokens; t++) {
             const int at = t * WIDTH + r * LANES;
-            const vec g = load(gy + at), v = load(z + at), gate = sigmoid_of(v);
-            store(gy + at, g * v * gate);
-            store(z + at, g * gate * (1 + v * (1 - gate)));
+            vec g = row_load(grad_out, t, r);
+            if (r == 0) prefetch(grad_out, t);
+            if (gate) {
+                const vec v = row_load(z, t, r), sigmoid = load(gate + at);
+                store(gate + at, g * sigmoid * (1 + v * (1 - sigmoid)));
+                g *= v * sigmoid;
+            }
+            store(gy + at, g);
         }
 }
 
-/* dx becomes du, ddt becomes ddelta, z becomes dz. */
-static void finish_backward(real *restrict dx, real *restrict ddt, real *restrict z, const real *restrict u,
-                            const real *restrict dt, const real *restrict gy, const real *restrict y,
-                            const real *restrict slope, const block *k, int tokens) {
+/* Results of the backward walk of a block, and where its gradients go. */
+typedef struct {
+    const real *dx, *ddt, *dt, *gy, *slope, *y, *gate; /* tiles; slope, y and gate may be NULL */
+    rows u, du, ddelta, dz;
+    bool add; /* to du */
+} walked;
+
+static void finish_backward(const walked *w, const block *k, int tokens) {
     for (int r = 0; r < k->registers; r++) {
         const vec D = load(k->D + r * LANES);
         vec dD = splat(0), dbias = splat(0);
         for (int t = 0; t < tokens; t++) {
             const int at = t * WIDTH + r * LANES;
-            const vec g = load(gy + at), v = load(u + at), d = load(dx + at);
-            vec ddelta = load(ddt + at) * (real)LN_2 + d * v;
-            if (slope) ddelta *= load(slope + at);
-            store(ddt + at, ddelta);
-            store(dx + at, d * load(dt + at) + D * g);
-            dD += g * v;
+            const vec gy = load(w->gy + at), u = row_load(w->u, t, r), dx = load(w->dx + at);
+            vec du = dx * load(w->dt + at) + D * gy, ddelta = load(w->ddt + at) * (real)LN_2 + dx * u;
+            if (w->slope) ddelta *= load(w->slope + at);
+            if (w->gate) row_store(w->dz, t, r, load(w->gate + at) * (load(w->y + at) + D * u));
+            if (w->add) du += row_load(w->du, t, r);
+            row_store(w->du, t, r, du);
+            row_store(w->ddelta, t, r, ddelta);
+            if (r == 0) prefetch_to_write(w->du, t), prefetch_to_write(w->ddelta, t);
+            dD += gy * u;
             dbias += ddelta;
-            if (z) store(z + at, load(z + at) * (load(y + at) + D * v));
         }
         store(k->dD + r * LANES, load(k->dD + r * LANES) + dD);
         store(k->dbias + r * LANES, load(k->dbias + r * LANES) + dbias);
@@ -297,39 +401,46 @@ static void finish_backward(real *restrict dx, real *restrict ddt, real *restric
 
 /* ---- Forward ---- */
 
-static int64_t offset_of(const ln_tensor *x, int64_t b, int64_t outer, int64_t channel) {
-    return b * x->batch + outer * x->outer + channel * x->channel;
-}
+static int64_t offset_of(const ln_tensor *x, int64_t b, int64_t outer) { return b * x->batch + outer * x->outer; }
+
+static bool may_leave_range(real most, const block *k) { return !(most * k->steepest < EXPONENT_RANGE - 1); }
 
 static void forward_task(const void *context, int64_t task, void *scratch) {
     const plan *p = context;
     const ln_scan *s = p->s;
     const share my = share_of(p, task);
     const memory m = lay_out(p, scratch);
-    real *const dt = m.tile[0], *const u = m.tile[1], *const x = m.tile[2], *const y = m.tile[3], *const z = m.tile[4];
+    real *const dt = m.tile[0], *const x = m.tile[1], *const y = m.tile[2], *const gate = s->z.data ? m.tile[3] : NULL;
     for (int64_t direction = 0; direction < s->directions; direction++) {
         const int64_t outer = direction + my.group;
+        ln_tokens tokens = tokens_of(s, direction, my.chunk);
+        row_offsets delta = first_rows(&s->delta, my.b, direction, &tokens), u = first_rows(&s->u, my.b, 0, &tokens),
+                    z = first_rows(&s->z, my.b, 0, &tokens), out = first_rows(&s->out, my.b, 0, &tokens);
         start_blocks(p, &m, &my, direction);
         for (int64_t i = 0; i < my.blocks; i++)
             for (int64_t q = 0; q < my.segment; q++) pass_segment(p, &m, &m.blocks[i], my.b, direction, q);
         for (int64_t chunk = my.chunk; chunk < my.end_chunk; chunk++) {
-            const ln_tokens tokens = tokens_of(s, direction, chunk);
-            read_states(m.B, &s->B, offset_of(&s->B, my.b, outer, 0), (int)s->states, p->padded, &tokens);
-            read_states(m.C, &s->C, offset_of(&s->C, my.b, outer, 0), (int)s->states, p->padded, &tokens);
+            const ln_tokens coming = tokens_of(s, direction, chunk + 1), *more = chunk + 1 < my.end_chunk ? &coming : NULL;
+            next_rows(&delta, more), next_rows(&u, more), next_rows(&z, more), next_rows(&out, more);
+            read_states(m.B, &s->B, offset_of(&s->B, my.b, outer), (int)s->states, p->padded, &tokens);
+            read_states(m.C, &s->C, offset_of(&s->C, my.b, outer), (int)s->states, p->padded, &tokens);
             for (int64_t i = 0; i < my.blocks; i++) {
                 const block *k = &m.blocks[i];
-                read_tile(dt, &s->delta, offset_of(&s->delta, my.b, direction, k->channel), k->channels, &tokens);
-                read_tile(u, &s->u, offset_of(&s->u, my.b, 0, k->channel), k->channels, &tokens);
-                if (s->z.data) read_tile(z, &s->z, offset_of(&s->z, my.b, 0, k->channel), k->channels, &tokens);
-                const real most = prepare(dt, u, x, NULL, k, tokens.count, s->softplus);
+                const rows u_rows = read_rows(&u, k, &tokens, m.tile[4], &m);
+                const real most = prepare(dt, x, NULL, read_rows(&delta, k, &tokens, m.tile[5], &m), u_rows, k,
+                                          tokens.count, s->softplus);
                 if (s->checkpoints)
                     save_states(p, k, k->state, states_at(p, s->checkpoints, my.b, direction, p->chunks, chunk));
                 scan_tile(&(ln_tile){.tokens = tokens.count, .states = p->padded, .registers = k->registers,
-                                     .clamp = !(most * k->steepest < EXPONENT_RANGE - 1), .A = k->A, .dt = dt, .x = x,
-                                     .B = m.B, .C = m.C, .h = k->state, .y = y});
-                finish_forward(y, u, s->z.data ? z : NULL, k, tokens.count);
-                write_tile(y, &s->out, offset_of(&s->out, my.b, 0, k->channel), k->channels, &tokens, direction > 0);
+                                     .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = m.B, .C = m.C,
+                                     .h = k->state, .y = y});
+                rows z_rows = {0};
+                if (gate) z_rows = read_rows(&z, k, &tokens, m.tile[5], &m), open_gate(gate, z_rows, k, tokens.count);
+                const rows result = write_rows(&out, k, y, &m);
+                finish_forward(result, y, u_rows, z_rows, gate, k, tokens.count, direction > 0 && result.base != y);
+                finish_rows(&out, k, &tokens, y, direction > 0);
             }
+            tokens = coming;
         }
         if (s->last_state && my.segment == p->segments - 1)
             for (int64_t i = 0; i < my.blocks; i++) {
@@ -347,23 +458,26 @@ static void forward_segment(const void *context, int64_t task, void *scratch) {
     const ln_scan *s = p->s;
     const share my = share_of(p, task);
     const memory m = lay_out(p, scratch);
-    real *const dt = m.tile[0], *const u = m.tile[1], *const x = m.tile[2], *const unused = m.tile[3];
+    real *const dt = m.tile[0], *const x = m.tile[1], *const unused = m.tile[2];
     if (my.segment == p->segments - 1) return;
     for (int64_t direction = 0; direction < s->directions; direction++) {
+        ln_tokens tokens = tokens_of(s, direction, my.chunk);
+        row_offsets delta = first_rows(&s->delta, my.b, direction, &tokens), u = first_rows(&s->u, my.b, 0, &tokens);
         start_blocks(p, &m, &my, direction);
         for (int64_t chunk = my.chunk; chunk < my.end_chunk; chunk++) {
-            const ln_tokens tokens = tokens_of(s, direction, chunk);
-            read_states(m.B, &s->B, offset_of(&s->B, my.b, direction + my.group, 0), (int)s->states, p->padded, &tokens);
+            const ln_tokens coming = tokens_of(s, direction, chunk + 1), *more = chunk + 1 < my.end_chunk ? &coming : NULL;
+            next_rows(&delta, more), next_rows(&u, more);
+            read_states(m.B, &s->B, offset_of(&s->B, my.b, direction + my.group), (int)s->states, p->padded, &tokens);
             for (int64_t i = 0; i < my.blocks; i++) {
                 const block *k = &m.blocks[i];
-                read_tile(dt, &s->delta, offset_of(&s->delta, my.b, direction, k->channel), k->channels, &tokens);
-                read_tile(u, &s->u, offset_of(&s->u, my.b, 0, k->channel), k->channels, &tokens);
-                const real most = prepare(dt, u, x, NULL, k, tokens.count, s->softplus);
+                const real most = prepare(dt, x, NULL, read_rows(&delta, k, &tokens, m.tile[3], &m),
+                                          read_rows(&u, k, &tokens, m.tile[4], &m), k, tokens.count, s->softplus);
                 add_up_dt(k, dt, tokens.count);
                 scan_tile(&(ln_tile){.tokens = tokens.count, .states = p->padded, .registers = k->registers,
-                                     .clamp = !(most * k->steepest < EXPONENT_RANGE - 1), .A = k->A, .dt = dt, .x = x,
-                                     .B = m.B, .C = m.B, .h = k->state, .y = unused});
+                                     .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = m.B, .C = m.B,
+                                     .h = k->state, .y = unused});
             }
+            tokens = coming;
         }
         for (int64_t i = 0; i < my.blocks; i++) leave_segment(p, &m.blocks[i], my.b, direction, my.segment);
     }
@@ -384,34 +498,47 @@ static ln_tensor partial_of(const plan *p, const ln_tensor *d, int which, int64_
                        outer * matrix, matrix, 1, s->states, REAL_DTYPE};
 }
 
+/* From blocks of sums, see index_dB, to rows of states. */
+static void sort_dBC(const plan *p, const memory *m, int tokens) {
+    for (int t = 0; t < tokens; t++)
+        for (int n = 0; n < p->padded; n += GROUP_BACKWARD) {
+            const real *sums = m->dBC + index_dB(p->padded, t, n);
+            memcpy(m->dB + t * p->padded + n, sums, sizeof(real) * GROUP_BACKWARD);
+            memcpy(m->dC + t * p->padded + n, sums + GROUP_BACKWARD, sizeof(real) * GROUP_BACKWARD);
+        }
+}
+
 /* The walk that carries dh alone, from zero; the first segment has no one to tell. */
 static void backward_segment(const void *context, int64_t task, void *scratch) {
     const plan *p = context;
     const ln_scan *s = p->s;
     const share my = share_of(p, task);
     const memory m = lay_out(p, scratch);
-    real *const dt = m.tile[0], *const u = m.tile[1], *const x = m.tile[2], *const gy = m.tile[3], *const z = m.tile[4];
+    real *const dt = m.tile[0], *const unused = m.tile[1], *const gy = m.tile[2],
+         *const gate = s->z.data ? m.tile[3] : NULL;
     if (my.segment == 0) return;
     for (int64_t direction = 0; direction < s->directions; direction++) {
+        ln_tokens tokens = tokens_of(s, direction, my.end_chunk - 1);
+        row_offsets delta = first_rows(&s->delta, my.b, direction, &tokens), z = first_rows(&s->z, my.b, 0, &tokens),
+                    grad_out = first_rows(&s->grad_out, my.b, 0, &tokens);
         start_blocks(p, &m, &my, direction);
         for (int64_t chunk = my.end_chunk - 1; chunk >= my.chunk; chunk--) {
-            const ln_tokens tokens = tokens_of(s, direction, chunk);
-            read_states(m.C, &s->C, offset_of(&s->C, my.b, direction + my.group, 0), (int)s->states, p->padded, &tokens);
+            const ln_tokens coming = tokens_of(s, direction, chunk - 1), *more = chunk > my.chunk ? &coming : NULL;
+            next_rows(&delta, more), next_rows(&z, more), next_rows(&grad_out, more);
+            read_states(m.C, &s->C, offset_of(&s->C, my.b, direction + my.group), (int)s->states, p->padded, &tokens);
             for (int64_t i = 0; i < my.blocks; i++) {
                 const block *k = &m.blocks[i];
-                read_tile(dt, &s->delta, offset_of(&s->delta, my.b, direction, k->channel), k->channels, &tokens);
-                read_tile(gy, &s->grad_out, offset_of(&s->grad_out, my.b, 0, k->channel), k->channels, &tokens);
-                if (s->z.data) {
-                    read_tile(z, &s->z, offset_of(&s->z, my.b, 0, k->channel), k->channels, &tokens);
-                    gate_gradient(gy, z, k, tokens.count);
-                }
-                memset(u, 0, sizeof(real) * TILE);
-                const real most = prepare(dt, u, x, NULL, k, tokens.count, s->softplus);
+                const rows steps = read_rows(&delta, k, &tokens, m.tile[4], &m);
+                rows z_rows = {0};
+                if (gate) z_rows = read_rows(&z, k, &tokens, m.tile[5], &m), open_gate(gate, z_rows, k, tokens.count);
+                gradient_of_y(gy, gate, read_rows(&grad_out, k, &tokens, m.tile[6], &m), z_rows, k, tokens.count);
+                const real most = prepare(dt, unused, NULL, steps, steps, k, tokens.count, s->softplus);
                 add_up_dt(k, dt, tokens.count);
                 scan_tile_adjoint(&(ln_tile){.tokens = tokens.count, .states = p->padded, .registers = k->registers,
-                                             .clamp = !(most * k->steepest < EXPONENT_RANGE - 1), .A = k->A, .dt = dt,
-                                             .C = m.C, .gy = gy, .dh = k->state});
+                                             .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .C = m.C, .gy = gy,
+                                             .dh = k->state});
             }
+            tokens = coming;
         }
         for (int64_t i = 0; i < my.blocks; i++) leave_segment(p, &m.blocks[i], my.b, direction, my.segment);
     }
@@ -422,12 +549,17 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
     const ln_scan *s = p->s;
     const share my = share_of(p, task);
     const memory m = lay_out(p, scratch);
-    real *const dt = m.tile[0], *const u = m.tile[1], *const x = m.tile[2], *const gy = m.tile[3], *const dx = m.tile[4],
-         *const ddt = m.tile[5], *const slope = s->softplus ? m.tile[6] : NULL, *const z = s->z.data ? m.tile[7] : NULL,
-         *const y = s->z.data ? m.tile[8] : NULL;
+    real *const dt = m.tile[0], *const x = m.tile[1], *const gy = m.tile[2], *const dx = m.tile[3], *const ddt = m.tile[4],
+         *const slope = s->softplus ? m.tile[5] : NULL, *const y = s->z.data ? m.tile[6] : NULL,
+         *const gate = s->z.data ? m.tile[7] : NULL;
     const ln_tensor dB = partial_of(p, &s->dB, 0, my.range), dC = partial_of(p, &s->dC, 1, my.range);
     for (int64_t direction = 0; direction < s->directions; direction++) {
         const int64_t outer = direction + my.group;
+        ln_tokens tokens = tokens_of(s, direction, my.end_chunk - 1);
+        row_offsets delta = first_rows(&s->delta, my.b, direction, &tokens), u = first_rows(&s->u, my.b, 0, &tokens),
+                    z = first_rows(&s->z, my.b, 0, &tokens), grad_out = first_rows(&s->grad_out, my.b, 0, &tokens),
+                    du = first_rows(&s->du, my.b, 0, &tokens), dz = first_rows(&s->dz, my.b, 0, &tokens),
+                    ddelta = first_rows(&s->ddelta, my.b, direction, &tokens);
         start_blocks(p, &m, &my, direction);
         for (int64_t i = 0; i < my.blocks; i++) {
             const block *k = &m.blocks[i];
@@ -439,49 +571,49 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
             for (int64_t q = p->segments - 1; q > my.segment; q--) pass_segment(p, &m, k, my.b, direction, q);
         }
         for (int64_t chunk = my.end_chunk - 1; chunk >= my.chunk; chunk--) {
-            const ln_tokens tokens = tokens_of(s, direction, chunk);
+            const ln_tokens coming = tokens_of(s, direction, chunk - 1), *more = chunk > my.chunk ? &coming : NULL;
+            next_rows(&delta, more), next_rows(&u, more), next_rows(&z, more), next_rows(&grad_out, more);
+            next_rows(&du, more), next_rows(&dz, more), next_rows(&ddelta, more);
             const int count = (int)divide_up(tokens.count, TOKENS_BACKWARD) * TOKENS_BACKWARD;
             const size_t missing = sizeof(real) * (size_t)((count - tokens.count) * p->padded);
-            read_states(m.B, &s->B, offset_of(&s->B, my.b, outer, 0), (int)s->states, p->padded, &tokens);
-            read_states(m.C, &s->C, offset_of(&s->C, my.b, outer, 0), (int)s->states, p->padded, &tokens);
+            read_states(m.B, &s->B, offset_of(&s->B, my.b, outer), (int)s->states, p->padded, &tokens);
+            read_states(m.C, &s->C, offset_of(&s->C, my.b, outer), (int)s->states, p->padded, &tokens);
             memset(m.B + tokens.count * p->padded, 0, missing);
             memset(m.C + tokens.count * p->padded, 0, missing);
-            memset(m.dBC, 0, sizeof(real) * 2 * rows_of_states(p));
+            memset(m.dBC, 0, sizeof(real) * 2 * (size_t)(count * p->padded));
             for (int64_t i = 0; i < my.blocks; i++) {
                 const block *k = &m.blocks[i];
-                read_tile(dt, &s->delta, offset_of(&s->delta, my.b, direction, k->channel), k->channels, &tokens);
-                read_tile(u, &s->u, offset_of(&s->u, my.b, 0, k->channel), k->channels, &tokens);
-                read_tile(gy, &s->grad_out, offset_of(&s->grad_out, my.b, 0, k->channel), k->channels, &tokens);
-                if (z) {
-                    read_tile(z, &s->z, offset_of(&s->z, my.b, 0, k->channel), k->channels, &tokens);
-                    gate_gradient(gy, z, k, tokens.count);
-                }
-                const real most = prepare(dt, u, x, slope, k, tokens.count, s->softplus);
+                rows z_rows = {0};
+                if (gate) z_rows = read_rows(&z, k, &tokens, m.tile[8], &m), open_gate(gate, z_rows, k, tokens.count);
+                gradient_of_y(gy, gate, read_rows(&grad_out, k, &tokens, m.tile[9], &m), z_rows, k, tokens.count);
+                const rows u_rows = read_rows(&u, k, &tokens, m.tile[8], &m);
+                const real most = prepare(dt, x, slope, read_rows(&delta, k, &tokens, m.tile[9], &m), u_rows, k,
+                                          tokens.count, s->softplus);
                 zero_rows(dt, tokens.count, count), zero_rows(x, tokens.count, count), zero_rows(gy, tokens.count, count);
                 load_states(p, k, m.h, states_at(p, s->checkpoints, my.b, direction, p->chunks, chunk));
                 scan_tile_backward(&(ln_tile){.tokens = count, .states = p->padded, .registers = k->registers,
-                                              .clamp = !(most * k->steepest < EXPONENT_RANGE - 1), .A = k->A, .dt = dt,
-                                              .x = x, .B = m.B, .C = m.C, .h = m.h, .y = y, .gy = gy, .dh = k->state,
-                                              .dx = dx, .ddt = ddt, .dA = k->dA, .dBC = m.dBC, .history = m.history,
-                                              .decay = m.decay});
-                finish_backward(dx, ddt, z, u, dt, gy, y, slope, k, tokens.count);
-                write_tile(dx, &s->du, offset_of(&s->du, my.b, 0, k->channel), k->channels, &tokens, direction > 0);
-                write_tile(ddt, &s->ddelta, offset_of(&s->ddelta, my.b, direction, k->channel), k->channels, &tokens, false);
-                if (z) write_tile(z, &s->dz, offset_of(&s->dz, my.b, 0, k->channel), k->channels, &tokens, false);
+                                              .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = m.B,
+                                              .C = m.C, .h = m.h, .y = y, .gy = gy, .dh = k->state, .dx = dx, .ddt = ddt,
+                                              .dA = k->dA, .dBC = m.dBC, .history = m.history, .decay = m.decay});
+                walked w = {.dx = dx, .ddt = ddt, .dt = dt, .gy = gy, .slope = slope, .y = y, .gate = gate, .u = u_rows,
+                            .du = write_rows(&du, k, dx, &m), .ddelta = write_rows(&ddelta, k, ddt, &m)};
+                w.add = direction > 0 && w.du.base != dx;
+                if (gate) w.dz = write_rows(&dz, k, y, &m);
+                finish_backward(&w, k, tokens.count);
+                finish_rows(&du, k, &tokens, dx, direction > 0);
+                finish_rows(&ddelta, k, &tokens, ddt, false);
+                if (gate) finish_rows(&dz, k, &tokens, y, false);
             }
-            for (int t = 0; t < tokens.count; t++)
-                for (int n = 0; n < p->padded; n++) {
-                    const int at = index_dB(p->padded, t, n);
-                    m.dB[t * p->padded + n] = m.dBC[at], m.dC[t * p->padded + n] = m.dBC[at + GROUP_BACKWARD];
-                }
-            write_states(m.dB, &dB, offset_of(&dB, my.b, outer, 0), (int)s->states, p->padded, &tokens);
-            write_states(m.dC, &dC, offset_of(&dC, my.b, outer, 0), (int)s->states, p->padded, &tokens);
+            sort_dBC(p, &m, tokens.count);
+            write_states(m.dB, &dB, offset_of(&dB, my.b, outer), (int)s->states, p->padded, &tokens);
+            write_states(m.dC, &dC, offset_of(&dC, my.b, outer), (int)s->states, p->padded, &tokens);
+            tokens = coming;
         }
-        const int64_t columns = s->states + 2, rows = s->directions * s->channels;
+        const int64_t columns = s->states + 2, all_rows = s->directions * s->channels;
         for (int64_t i = 0; i < my.blocks; i++) {
             const block *k = &m.blocks[i];
             for (int c = 0; c < k->channels; c++) {
-                real *row = p->partial_rows + ((my.b * p->segments + my.segment) * rows + k->row + c) * columns;
+                real *row = p->partial_rows + ((my.b * p->segments + my.segment) * all_rows + k->row + c) * columns;
                 for (int64_t n = 0; n < s->states; n++) row[n] = k->dA[n * WIDTH + c];
                 row[s->states] = k->dD[c], row[s->states + 1] = k->dbias[c];
             }
@@ -500,23 +632,24 @@ static void add_ranges(const void *context, int64_t task, void *scratch) {
     real *total = scratch;
     for (int which = 0; which < 2; which++) {
         const ln_tensor *d = which ? &s->dC : &s->dB;
-        read_states(total, d, offset_of(d, b, outer, 0), states, states, &tokens);
+        read_states(total, d, offset_of(d, b, outer), states, states, &tokens);
         for (int64_t range = 1; range < p->ranges; range++) {
             const ln_tensor part = partial_of(p, d, which, range);
-            const real *rows = (const real *)part.data + offset_of(&part, b, outer, 0) + first * states;
-            for (int i = 0; i < tokens.count * states; i++) total[i] += rows[i];
+            const real *values = (const real *)part.data + offset_of(&part, b, outer) + first * states;
+            for (int i = 0; i < tokens.count * states; i++) total[i] += values[i];
         }
-        write_states(total, d, offset_of(d, b, outer, 0), states, states, &tokens);
+        write_states(total, d, offset_of(d, b, outer), states, states, &tokens);
     }
 }
 
+/* Adds up what images and segments found for the parameters. */
 static void add_rows(const plan *p) {
     const ln_scan *s = p->s;
-    const int64_t columns = s->states + 2, rows = s->directions * s->channels, parts = s->batch * p->segments;
-    for (int64_t row = 0; row < rows; row++)
+    const int64_t columns = s->states + 2, all_rows = s->directions * s->channels, parts = s->batch * p->segments;
+    for (int64_t row = 0; row < all_rows; row++)
         for (int64_t n = 0; n < columns; n++) {
             real total = 0;
-            for (int64_t i = 0; i < parts; i++) total += p->partial_rows[(i * rows + row) * columns + n];
+            for (int64_t i = 0; i < parts; i++) total += p->partial_rows[(i * all_rows + row) * columns + n];
             if (n < s->states) ((real *)s->dA)[row * s->states + n] = total;
             else if (n == s->states && s->dD) ((real *)s->dD)[row] = total;
             else if (n > s->states && s->ddelta_bias) ((real *)s->ddelta_bias)[row] = total;

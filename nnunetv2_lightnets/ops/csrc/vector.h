@@ -16,12 +16,14 @@ typedef uint64_t bits;
 #define REAL_BYTES 8
 #define REAL_DTYPE LN_FLOAT64
 #define PRECISION f64
+#define X86_TYPE pd
 #else
 typedef float real;
 typedef uint32_t bits;
 #define REAL_BYTES 4
 #define REAL_DTYPE LN_FLOAT32
 #define PRECISION f32
+#define X86_TYPE ps
 #endif
 
 #define LANES (VECTOR_BYTES / REAL_BYTES)
@@ -51,8 +53,21 @@ INLINE void store_loose(void *p, vec x) { *(loose *)p = x; }
 /* C has no ?: on vectors. Lanes of a mask are all ones or all zeros, as comparisons give them. */
 #define pick(mask, yes, no) ((vec)(((vbits)(mask) & (vbits)(yes)) | (~(vbits)(mask) & (vbits)(no))))
 /* Both keep a NaN in x. */
+#if defined(__SSE2__)
+#include <immintrin.h>
+#if VECTOR_BYTES == 16
+#define X86(operation) LN_EXPAND(_mm, operation, X86_TYPE)
+#elif VECTOR_BYTES == 32
+#define X86(operation) LN_EXPAND(_mm256, operation, X86_TYPE)
+#else
+#define X86(operation) LN_EXPAND(_mm512, operation, X86_TYPE)
+#endif
+INLINE vec at_least(vec x, vec low) { return X86(max)(low, x); }
+INLINE vec at_most(vec x, vec high) { return X86(min)(high, x); }
+#else
 INLINE vec at_least(vec x, vec low) { return pick(x < low, low, x); }
 INLINE vec at_most(vec x, vec high) { return pick(x > high, high, x); }
+#endif
 INLINE vec magnitude(vec x) { return (vec)((vbits)x & ~(vbits)splat((real)-0.0)); }
 
 /* Shuffles of two vectors, one pair per doubling of the run: single elements and pairs stay within 128 bits, which

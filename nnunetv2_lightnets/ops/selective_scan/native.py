@@ -106,7 +106,7 @@ def _load() -> ctypes.CDLL | str:
 def _openmp_of_torch() -> int | None:
     """Address of GOMP_parallel in the very OpenMP runtime that torch computes with, None where torch has none.
 
-    Symbols of a library are looked up in what it depends on, too, so this finds the runtime whatever its file is called.
+    Symbols of a library are looked up in what it depends on, too, so this finds it whatever its file is called.
     """
     file = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
