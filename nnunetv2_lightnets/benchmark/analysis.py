@@ -182,6 +182,11 @@ def compare(
     tables = []
     for metric in settings.metrics:
         values = {s: _values(results, cases, metric, s, settings.empty) for s in results[0].structures}
+        if all(np.isnan(v).all() for v in values.values()):
+            raise LightNetsError(
+                "every reference segmentation is empty, so there is nothing to compare; --empty one counts empty "
+                "predictions as right"
+            )
         overall = _nanmean(np.stack(list(values.values())))  # (structures, cases, results) -> (cases, results)
         titles = structure_titles(results)
         alone = len(titles) == 1
@@ -190,7 +195,11 @@ def compare(
         _fill(family, [result.name for result in results], settings)
         tables += family
         if not alone:
-            family = [_table(metric, titles[s], s, cases, v, subjects) for s, v in values.items()]
+            family = [
+                _table(metric, titles[s], s, cases, v, subjects)
+                for s, v in values.items()
+                if not np.isnan(v).all()  # a structure that no reference has
+            ]
             _fill(family, [result.name for result in results], settings)
             tables += family
     comparison = Comparison(
@@ -290,11 +299,6 @@ def _table(
     subjects: Mapping[str, str] | None,
 ) -> Table:
     there = [bool(np.isfinite(row).all()) for row in values]
-    if not any(there):
-        raise LightNetsError(
-            f"no reference segmentation has any {title}, so there is no {metric} to compare; --empty one counts "
-            "empty predictions of it as right"
-        )
     units = [case for case, keep in zip(cases, there, strict=True) if keep]
     values, dropped = values[there], len(cases) - len(units)
     if subjects is not None:
@@ -306,9 +310,9 @@ def _table(
 
 def _fill(family: Sequence[Table], names: Sequence[str], settings: Settings) -> None:
     """Fill in the statistics of tables whose tests are corrected together: one family for Holm's correction."""
-    resampling = {"resamples": settings.resamples, "seed": settings.seed}
     from tqdm import tqdm
 
+    resampling = {"resamples": settings.resamples, "seed": settings.seed}
     for table in tqdm(family, desc=f"bootstrap, {family[0].metric}", unit="table", leave=False):
         table.friedman = statistics.friedman(table.values)
         mean_ranks = statistics.ranks(table.values).mean(axis=0)
@@ -443,10 +447,14 @@ def _notes(comparison: Comparison) -> list[str]:
     folds = max((len(result.folds) for result in results), default=0)
     if folds == 1:
         notes.append("One fold, one training per network: the spread between trainings is not in these numbers.")
-    if dropped := [t for t in comparison.tables if t.dropped and t.metric == comparison.settings.metrics[0]]:
+    dropped = {t.title: t.dropped for t in comparison.tables if t.metric == table.metric and t.dropped}
+    compared = {t.title for t in comparison.tables}
+    if len(results[0].structures) > 1:
+        dropped |= {t: len(results[0].cases) for t in structure_titles(results).values() if t not in compared}
+    if dropped:
         notes.append(
             "Left out, because the reference has nothing there: "
-            + ", ".join(f"{t.dropped} cases of {t.title}" for t in dropped)
+            + ", ".join(f"{n} cases of {title}" for title, n in dropped.items())
             + ". What the results predict in them is listed under empty references."
         )
     return notes

@@ -42,7 +42,10 @@ def for_each_case(
         for job in jobs:
             done.append(function(*job))
             bar.update()
-            left = (time.perf_counter() - start) / len(done) * (len(jobs) - len(done))
+            if len(done) == 1:  # which also imported things
+                start = time.perf_counter()
+                continue
+            left = (time.perf_counter() - start) / (len(done) - 1) * (len(jobs) - len(done))
             if processes > 1 and left > _WORTH_WORKERS:
                 break
         rest = jobs[len(done) :]

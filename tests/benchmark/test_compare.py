@@ -242,13 +242,24 @@ def test_empty_counts_one_where_asked(partly_empty):
     assert comparison.overall().values[0, 0] == pytest.approx((comparison.by_structure("Dice")[0].values[0, 0] + 1) / 2)
 
 
-def test_a_structure_in_no_reference_cannot_be_compared(tmp_path):
+def test_a_structure_in_no_reference_is_left_out(tmp_path):
     truths = {f"case_{i}": np.where(truth_map(i) == 2, 0, truth_map(i)).astype(np.uint8) for i in range(3)}
     dataset = Dataset(tmp_path, truths, TWO_LABELS)
     results = read_results([str(dataset.trainer(name, {0: truths})) for name in ("a", "b")])
-    with pytest.raises(LightNetsError, match="no reference segmentation has any posterior"):
-        compare(results, FAST)
+    comparison = compare(results, FAST)
+    assert [t.title for t in comparison.by_structure("Dice")] == ["anterior"]
+    assert any("3 cases of posterior" in note for note in comparison.notes)
+    write_report(comparison, tmp_path / "out")
     assert compare(results, Settings(empty="one", resamples=99)).by_structure("Dice")[1].values.tolist() == [[1, 1]] * 3
+
+
+def test_empty_references_alone_cannot_be_compared(tmp_path):
+    truths = {f"case_{i}": np.zeros((4, 6, 5), np.uint8) for i in range(3)}
+    dataset = Dataset(tmp_path, truths, TWO_LABELS)
+    results = read_results([str(dataset.trainer(name, {0: truths})) for name in ("a", "b")])
+    with pytest.raises(LightNetsError, match="every reference segmentation is empty"):
+        compare(results, FAST)
+    assert compare(results, Settings(empty="one", resamples=99)).overall().scores[0].mean == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ subjects
