@@ -41,9 +41,12 @@ def to_grid(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def token_blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
-    """Slices of the L tokens (B, L, C) such that blocks with ``widest`` channels stay in the caches of a CPU."""
-    numbers = 2**18 * torch.get_num_threads()  # 1 MB of float32 for each
-    step = max(256, numbers // (tokens.shape[0] * widest))
+    """Slices of the L tokens (B, L, C) such that a block with ``widest`` channels is 4 MB of float32.
+
+    All tensors of such a block are about 15 MB: small enough for the caches and for memory that the process keeps, and
+    large enough that calling the operations costs little.
+    """
+    step = max(256, 2**20 // (tokens.shape[0] * widest))
     return (slice(start, start + step) for start in range(0, tokens.shape[1], step))
 
 

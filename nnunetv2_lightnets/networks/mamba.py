@@ -58,7 +58,7 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
-        return self.project_out(self.scan(*self.scan_inputs(tokens))[0])
+        return self.project_out(self.scan(self.A, *self.scan_inputs(tokens))[0])
 
     def scan_inputs(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the scan reads for tokens (B, L, C): u, delta (B, L, D), B, C (B, L, N) and the gate z (B, L, D)."""
@@ -68,11 +68,11 @@ class Mamba(nn.Module):
         dt, b, c = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         return u, F.linear(dt, self.dt_proj.weight), b, c, z  # the bias of dt_proj is added inside the scan
 
-    def scan(self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(self, A: Tensor, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Gated output (B, L, D) and last state (B, D, N) of the selective scan, at least in float32."""
         u, delta, b, c, z = (_at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
         D, bias = _at_least_float32(self.D), _at_least_float32(self.dt_proj.bias)
-        y, state = selective_scan(u, delta, self.A, b, c, D, z, bias, delta_softplus=True, return_last_state=True)
+        y, state = selective_scan(u, delta, A, b, c, D, z, bias, delta_softplus=True, return_last_state=True)
         return y.transpose(1, 2), state
 
     @property
@@ -101,7 +101,7 @@ class MambaStream:
         self.mamba = mamba
         self.history = mamba.d_conv - 1 + mamba.d_state
         self.state: Tensor | None = None  # (B, D, N)
-        A = mamba.A
+        self._A = A = mamba.A
         size = mamba.d_state
         step = 1 / (size * A.abs().max())
         following = torch.arange(size - 1, -1, -1, device=A.device, dtype=A.dtype)
@@ -119,7 +119,7 @@ class MambaStream:
             torch.mul(self.state.transpose(1, 2), self._u, out=u[:, :old])
             delta[:, :old] = self._delta
             b[:, :old] = self._b
-        y, self.state = self.mamba.scan(u, delta, b, c, z)
+        y, self.state = self.mamba.scan(self._A, u, delta, b, c, z)
         return self.mamba.project_out(y[:, old:])
 
 
