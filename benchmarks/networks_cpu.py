@@ -1,0 +1,309 @@
+"""Seconds per forward pass and per training step on this machine's CPU, beside nnU-Net's own network.
+
+    python benchmarks/networks_cpu.py [--threads 2] [--repeats 7]
+
+measures LightM-UNet against nnU-Net's PlainConvUNet and writes ``benchmarks/results/networks_cpu.csv``:
+
+- ``forward``: a patch of 64x64x64, no gradients, PlainConvUNet with 6 stages (32 to 320 features);
+- ``forward, textbook scan``: the same with the scan as mamba-ssm runs it without a GPU (once; about a minute);
+- ``forward, no scan``: the same with the scan left out, which shows what the rest costs;
+- ``products``: the matrix products of that forward pass alone, with results written into mapped memory, each at its
+  own shape; and ``products at the rate of (262144, 64) x (64, 256)``. No forward pass can take less;
+- ``training step``: forward, cross-entropy and backward of two patches of 40x56x40, PlainConvUNet with 4 stages.
+
+Networks take turns, so that a busy moment of the machine hits them alike; ratios are medians of the ratios of one turn.
+Any other network and patch:
+
+    python benchmarks/networks_cpu.py --network ulite --network lightm_unet:width=16 --patch 96 96 96 [--train]
+
+prints, and writes nothing. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import Tensor, nn
+
+from nnunetv2_lightnets import create_network
+from nnunetv2_lightnets.networks import mamba
+from nnunetv2_lightnets.ops import available_backends, use_backend
+from nnunetv2_lightnets.ops.selective_scan.native import instruction_sets
+
+CLASSES = 3
+BASELINE = "PlainConvUNet"
+LIGHT = {f"lightm_unet, width {width}": {"width": width} for width in (32, 16, 8)}
+ROW = ("measurement", "network", "parameters", "patch", "batch", "median seconds", "fastest", f"times {BASELINE}")
+
+
+def plain_conv_unet(spatial_dims: int, stages: int) -> nn.Module:
+    """What nnU-Net plans for one input channel: two convolutions per stage, instance norm, leaky ReLU."""
+    return PlainConvUNet(
+        1,
+        stages,
+        [min(32 * 2**stage, 320) for stage in range(stages)],
+        nn.Conv3d if spatial_dims == 3 else nn.Conv2d,
+        3,
+        [1] + [2] * (stages - 1),
+        2,
+        CLASSES,
+        2,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d if spatial_dims == 3 else nn.InstanceNorm2d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+
+
+def stages_of(patch: Sequence[int]) -> int:
+    """Stages that nnU-Net plans: every axis is halved while at least 4 voxels remain, 6 stages at most in 3D."""
+    halvings = max(int(side).bit_length() - 3 for side in patch)
+    return min(halvings + 1, 6 if len(patch) == 3 else 8)
+
+
+# ---- What is timed ----
+
+
+def forward(network: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """A forward pass without gradients."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            network(x)
+
+    network.eval()
+    return run
+
+
+def training_step(network: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Forward, cross-entropy, backward."""
+    target = torch.randint(CLASSES, (x.shape[0], *x.shape[2:]))
+
+    def run() -> None:
+        network.zero_grad()
+        F.cross_entropy(network(x), target).backward()
+
+    network.train()
+    return run
+
+
+def with_textbook_scan(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with mamba-ssm's loop."""
+
+    def slow() -> None:
+        with use_backend("reference"):
+            run()
+
+    return slow
+
+
+@contextmanager
+def no_scan() -> Iterator[None]:
+    """The scan returns its input, and a state of zeros."""
+    scan = mamba.selective_scan
+
+    def skip(u: Tensor, delta: Tensor, A: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return u, A.new_zeros(u.shape[0], *A.shape)
+
+    mamba.selective_scan = skip  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mamba.selective_scan = scan
+
+
+def without_scan(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same without the scan."""
+
+    def skipping() -> None:
+        with no_scan():
+            run()
+
+    return skipping
+
+
+def products(network: nn.Module, x: Tensor) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs of each matrix product of a forward pass of the whole patch."""
+    found: list[tuple[int, int, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        found.append((out.numel() // out.shape[-1], module.in_features, module.out_features))
+
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(note) for linear in linears]
+    network.eval()(x)  # with gradients: as a whole, not in blocks
+    for hook in hooks:
+        hook.remove()
+    for module in network.modules():  # these two are computed without a call of their module
+        if isinstance(module, mamba.Mamba):
+            rows = next(r for r, inputs, outputs in found if outputs == 2 * module.d_inner)
+            found += [(rows, module.dt_rank, module.d_inner), (rows, module.d_inner, module.d_inner // 2)]
+    return found
+
+
+def one_product(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
+    """One product into mapped memory, in blocks of rows that stay in the caches."""
+    step = max(256, 2**20 // max(inputs, outputs))
+    x, weight, out = torch.randn(min(rows, step), inputs), torch.randn(inputs, outputs), torch.empty(step, outputs)
+
+    def run() -> None:
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            torch.mm(x[:count], weight, out=out[:count])
+
+    return run
+
+
+# ---- Timing ----
+
+
+def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run, one after the other, ``repeats`` times, after one that does not count."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rows_of(
+    measurement: str, seconds: dict[str, list[float]], networks: dict[str, nn.Module], x: Tensor, base: list[float]
+) -> list[dict[str, Any]]:
+    """Rows of the table."""
+    return [
+        {
+            "measurement": measurement,
+            "network": name,
+            "parameters": sum(p.numel() for p in networks[name].parameters()),
+            "patch": "x".join(map(str, x.shape[2:])),
+            "batch": x.shape[0],
+            "median seconds": f"{statistics.median(values):.4g}",
+            "fastest": f"{min(values):.4g}",
+            f"times {BASELINE}": f"{statistics.median(v / b for v, b in zip(values, base, strict=False)):.3g}",
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def measure_forward(repeats: int) -> list[dict[str, Any]]:
+    """LightM-UNet's forward pass, what it is made of, and its floor."""
+    x = torch.randn(1, 1, 64, 64, 64)
+    networks: dict[str, nn.Module] = {BASELINE: plain_conv_unet(3, 6)}
+    for name, settings in LIGHT.items():
+        networks[name] = create_network(
+            "lightm_unet", spatial_dims=3, input_channels=1, num_classes=CLASSES, **settings
+        )
+    runs = {name: forward(network, x) for name, network in networks.items()}
+    skipping = {f"{name}, no scan": without_scan(runs[name]) for name in LIGHT}
+    seconds = take_turns({**runs, **skipping}, repeats)
+    base = seconds[BASELINE]
+    rows = rows_of("forward", {name: seconds[name] for name in networks}, networks, x, base)
+    rows += rows_of("forward, no scan", {name: seconds[f"{name}, no scan"] for name in LIGHT}, networks, x, base)
+
+    rate = 262144 * 64 * 256 / min(take_turns({"rate": one_product(262144, 64, 256)}, repeats)["rate"])
+    for name in LIGHT:
+        shapes = products(networks[name], x)
+        own = {
+            shape: min(take_turns({"": one_product(*shape)}, 3)[""]) * shapes.count(shape)
+            for shape in sorted({*shapes})
+        }
+        macs = sum(rows * inputs * outputs for rows, inputs, outputs in shapes)
+        rows += rows_of("products", {name: [sum(own.values())]}, networks, x, base)
+        rows += rows_of("products at the rate of (262144, 64) x (64, 256)", {name: [macs / rate]}, networks, x, base)
+
+    widest = next(iter(LIGHT))
+    start = time.perf_counter()
+    with_textbook_scan(runs[widest])()
+    return rows + rows_of("forward, textbook scan", {widest: [time.perf_counter() - start]}, networks, x, base)
+
+
+def measure_training(repeats: int) -> list[dict[str, Any]]:
+    """LightM-UNet's training step at the patch of nnU-Net's plan for the hippocampus."""
+    x = torch.randn(2, 1, 40, 56, 40)
+    networks: dict[str, nn.Module] = {BASELINE: plain_conv_unet(3, 4)}
+    for name, settings in LIGHT.items():
+        networks[name] = create_network(
+            "lightm_unet", spatial_dims=3, input_channels=1, num_classes=CLASSES, **settings
+        )
+    seconds = take_turns({name: training_step(network, x) for name, network in networks.items()}, repeats)
+    return rows_of("training step", seconds, networks, x, seconds[BASELINE])
+
+
+def measure(names: Sequence[str], patch: Sequence[int], batch: int, train: bool, repeats: int) -> list[dict[str, Any]]:
+    """Networks given on the command line."""
+    x = torch.randn(batch, 1, *patch)
+    networks: dict[str, nn.Module] = {BASELINE: plain_conv_unet(len(patch), stages_of(patch))}
+    for name in names:
+        network, _, settings = name.partition(":")
+        pairs = (setting.partition("=") for setting in settings.split(",") if setting)
+        networks[name] = create_network(
+            network,
+            spatial_dims=len(patch),
+            input_channels=1,
+            num_classes=CLASSES,
+            **{key: json.loads(value) for key, _, value in pairs},
+        )
+    step = training_step if train else forward
+    seconds = take_turns({name: step(network, x) for name, network in networks.items()}, repeats)
+    return rows_of("training step" if train else "forward", seconds, networks, x, seconds[BASELINE])
+
+
+def machine() -> dict[str, str]:
+    """What the times depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "threads": str(torch.get_num_threads()),
+        "scan": f"native, {instruction_sets()[0]}" if available_backends()["native"] is None else "torch",
+        "processor": name or platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--network", action="append", default=[], help="NAME or NAME:SETTING=VALUE,...; repeatable")
+    parser.add_argument("--patch", type=int, nargs="+", default=[64, 64, 64], help="size in voxels, 2 or 3 numbers")
+    parser.add_argument("--batch", type=int, default=1, help="patches at once")
+    parser.add_argument("--train", action="store_true", help="training steps instead of forward passes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.network:
+        rows = measure(arguments.network, arguments.patch, arguments.batch, arguments.train, arguments.repeats)
+    else:
+        rows = measure_forward(arguments.repeats) + measure_training(arguments.repeats)
+        with (Path(__file__).parent / "results" / "networks_cpu.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, [*ROW, *machine()])
+            writer.writeheader()
+            writer.writerows({**row, **machine()} for row in rows)
+    widths = [max(len(str(row[column])) for row in [dict(zip(ROW, ROW, strict=True)), *rows]) for column in ROW]
+    for row in [dict(zip(ROW, ROW, strict=True)), *rows]:
+        print("  ".join(str(row[column]).ljust(width) for column, width in zip(ROW, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
