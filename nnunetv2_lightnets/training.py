@@ -129,7 +129,7 @@ class LightNetsTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does, with the network as it will predict."""
-        trained = self.network
+        trained = self.network  # type: ignore[has-type]
         if trained is self.bare_network:  # a compiled or distributed network is fast enough, and stays
             self.network = _for_prediction(trained)
         try:
@@ -143,7 +143,7 @@ class LightNetsTrainer(nnUNetTrainer):
         network = self.network
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
-        return getattr(network, "_orig_mod", network)  # type: ignore[no-any-return]
+        return getattr(network, "_orig_mod", network)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the network between its list of outputs and the finest alone.

@@ -8,4 +8,15 @@ from nnunetv2_lightnets.networks.swin_umamba_d import SwinUMambaD
 from nnunetv2_lightnets.networks.ulite import ULite
 from nnunetv2_lightnets.networks.ultralight_unet import UltraLightUNet
 
-__all__ = ["NetworkEntry", "create_network", "list_networks", "network_entry", "prepare_for_inference"]
+__all__ = [
+    "LightMUNet",
+    "NetworkEntry",
+    "SwinUMamba",
+    "SwinUMambaD",
+    "ULite",
+    "UltraLightUNet",
+    "create_network",
+    "list_networks",
+    "network_entry",
+    "prepare_for_inference",
+]

@@ -36,4 +36,5 @@ def crop_to(x: Tensor, spatial: Sequence[int]) -> Tensor:
     """
     if tuple(x.shape[2:]) == tuple(spatial):
         return x
-    return x[(..., *(slice(0, size) for size in spatial))].contiguous()
+    kept: tuple[slice, ...] = tuple(slice(0, size) for size in spatial)
+    return x[(slice(None), slice(None), *kept)].contiguous()

@@ -117,7 +117,7 @@ def _openmp_of_torch() -> int | None:
 
 
 def _names(library: ctypes.CDLL) -> str:
-    names = []
+    names: list[str] = []
     while name := library.ln_instruction_set(len(names)):
         names.append(name.decode())
     return ", ".join(names)
