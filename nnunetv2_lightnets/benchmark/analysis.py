@@ -440,6 +440,11 @@ def _notes(comparison: Comparison) -> list[str]:
     if moved:
         notes.append(f"The splits differ: {len(moved)} cases are in different folds ({listed(sorted(moved))}).")
     notes += [
+        f"{d.result} equals {comparison.reference.name} in every case: are these the same predictions?"
+        for d in table.differences
+        if d.wins == d.losses == 0
+    ]
+    notes += [
         f"{result.name}: fold_all was trained on the cases it is scored on here."
         for result in results
         if "all" in result.folds

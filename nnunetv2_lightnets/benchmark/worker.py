@@ -22,7 +22,8 @@ from typing import Any
 from nnunetv2_lightnets.benchmark.setting import Setting, patch_setting
 from nnunetv2_lightnets.errors import LightNetsError
 
-_FEWEST, _MOST = 3, 50  # timed repetitions, unless a single one takes longer than is given to all
+_FEWEST, _MOST = 3, 50  # timed repetitions ...
+_LONG = 10  # ... unless a single one takes so many times longer than is given to all
 _PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -257,7 +258,7 @@ def timed(step: Callable[[], Any], seconds: float, device: Any) -> dict[str, Any
         return time.perf_counter() - start
 
     first = once()
-    if first > seconds:  # one more, which is warm, is all there is time for
+    if first > _LONG * seconds:  # one more, which is warm, is all there is time for
         runs = [once()]
     else:
         warm = once()

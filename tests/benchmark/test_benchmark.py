@@ -168,7 +168,8 @@ def test_timing_warms_up_first():
     assert timing["median"] < 0.02
     assert len(calls) == timing["runs"] + 2 <= worker._MOST + 2
     calls.clear()
-    assert timed(lambda: time.sleep(0.03), 0.01, torch.device("cpu"))["runs"] == 1
+    assert timed(lambda: time.sleep(0.03), 0.01, torch.device("cpu"))["runs"] == 3
+    assert timed(lambda: time.sleep(0.03), 0.001, torch.device("cpu"))["runs"] == 1
 
 
 @pytest.mark.skipif(not worker._STATUS.exists(), reason="peaks cannot be reset here")
