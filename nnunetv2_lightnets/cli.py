@@ -12,6 +12,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 
 # Subcommand -> (module with add_arguments(parser) and run(args) -> exit code, one line of help).
 COMMANDS = {
+    "benchmark": ("nnunetv2_lightnets.benchmark.measure", "true costs of networks here, beside the papers' claims"),
     "compare": ("nnunetv2_lightnets.benchmark.compare", "compare results: intervals, tests, non-inferiority, a page"),
     "demo": ("nnunetv2_lightnets.demo", "the whole way on real MRI: plan, train, predict, evaluate, picture"),
     "doctor": ("nnunetv2_lightnets.doctor", "check this installation and say what is wrong and what to do"),
