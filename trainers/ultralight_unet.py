@@ -1,0 +1,66 @@
+"""UltraLightUNet's recipe (Rahman and Marculescu; in 2D published as MK-UNet), adapted to nnU-Net's pipeline.
+
+AdamW and one output, as published; the loss is nnU-Net's Dice and cross-entropy. The paper's learning rate is 1e-4 for
+200 epochs at batch size 16; training scripts that circulate for the network take 5e-4 and a cosine. The latter is
+taken here, down to 1e-6: the networks start from small random weights, and the cosine is a function of the epoch
+alone, so that a resumed training goes on with the same values. The weight decay, 1e-4, is this project's choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnunetv2_lightnets.trainers.swin_umamba import CosineSchedule
+from nnunetv2_lightnets.training import LightNetsTrainer
+
+
+class nnUNetTrainerUltraLightUNet(LightNetsTrainer):
+    """UltraLightUNet, variant "base": 0.32 M parameters in 2D, 0.46 M in 3D."""
+
+    network_name = "ultralight_unet"
+    network_kwargs = {"variant": "base"}  # noqa: RUF012
+    n_downsamplings = 5
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = 5e-4
+        self.weight_decay = 1e-4
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """AdamW on all parameters and the cosine schedule."""
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, CosineSchedule(optimizer, self.num_epochs, final_lr=1e-6)
+
+
+class nnUNetTrainerUltraLightUNetT(nnUNetTrainerUltraLightUNet):
+    """Variant "T": 0.03 M parameters in 2D, 0.06 M in 3D."""
+
+    network_kwargs = {"variant": "T"}  # noqa: RUF012
+
+
+class nnUNetTrainerUltraLightUNetS(nnUNetTrainerUltraLightUNet):
+    """Variant "S": 0.09 M parameters in 2D, 0.17 M in 3D."""
+
+    network_kwargs = {"variant": "S"}  # noqa: RUF012
+
+
+class nnUNetTrainerUltraLightUNetM(nnUNetTrainerUltraLightUNet):
+    """Variant "M": 1.15 M parameters in 2D, 1.44 M in 3D."""
+
+    network_kwargs = {"variant": "M"}  # noqa: RUF012
+
+
+class nnUNetTrainerUltraLightUNetL(nnUNetTrainerUltraLightUNet):
+    """Variant "L": 3.76 M parameters in 2D, 4.30 M in 3D."""
+
+    network_kwargs = {"variant": "L"}  # noqa: RUF012
