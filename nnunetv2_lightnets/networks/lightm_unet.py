@@ -79,8 +79,14 @@ class TokenGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalised and rectified tokens (B, L, C)."""
+    def forward(self, tokens: Tensor, overwrite: bool = False) -> Tensor:
+        """Normalised and rectified tokens (B, L, C), which may take the place of ``tokens`` if told so."""
+        if computes_in_blocks(tokens):
+            activate = self.with_moments_of(tokens)
+            out = tokens if overwrite else torch.empty_like(tokens)
+            for block in token_blocks(tokens, tokens.shape[2]):
+                out[:, block] = activate(tokens[:, block])
+            return out
         if tokens.device.type == "cpu" and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling():
             normalised = _GroupNorm.apply(tokens, self.weight, self.bias, *self.moments(tokens))
         else:
@@ -150,30 +156,35 @@ class MambaLayer(nn.Module):
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(in_channels, out_channels)
 
-    def forward(self, tokens: Tensor, activation: TokenGroupNorm | None = None) -> Tensor:
-        """Map tokens (B, L, C_in) to (B, L, C_out), after the activation if there is one."""
+    def forward(self, tokens: Tensor, activation: TokenGroupNorm | None = None, overwrite: bool = False) -> Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out).
+
+        Args:
+            tokens: the input.
+            activation: applied to it first.
+            overwrite: nobody needs ``tokens`` any more, so that the result may take their place; C_in is C_out.
+        """
         if computes_in_blocks(tokens):
-            return self._in_blocks(tokens, activation)
+            return self._in_blocks(tokens, activation, overwrite)
         if activation is not None:
             tokens = activation(tokens)
         return self._project(self.mamba(self.norm(tokens)), tokens)
 
     def _project(self, mixed: Tensor, tokens: Tensor) -> Tensor:
-        out: Tensor = self.proj(self.norm(torch.addcmul(mixed, tokens, self.skip_scale)))
+        out: Tensor = self.proj(self.norm(mixed.addcmul_(tokens, self.skip_scale)))
         return out
 
-    def _in_blocks(self, tokens: Tensor, activation: TokenGroupNorm | None) -> Tensor:
+    def _in_blocks(self, tokens: Tensor, activation: TokenGroupNorm | None, overwrite: bool) -> Tensor:
         """The same for one block of tokens after the other, which stays in the caches from the first step to the last.
 
         All tokens at once would go to memory and back between any two steps, into pages that are cleared before.
         """
         activate = _identity if activation is None else activation.with_moments_of(tokens)
-        out = tokens.new_empty(*tokens.shape[:2], self.proj.out_features)
+        out = tokens if overwrite else tokens.new_empty(*tokens.shape[:2], self.proj.out_features)
         stream = MambaStream(self.mamba)
         for block in token_blocks(tokens, 2 * self.mamba.d_inner):
-            first = max(0, block.start - stream.history)
-            x = activate(tokens[:, first : block.stop])
-            out[:, block] = self._project(stream(self.norm(x)), x[:, block.start - first :])
+            x = activate(tokens[:, block])
+            out[:, block] = self._project(stream(self.norm(x)), x)
         return out
 
 
@@ -193,8 +204,8 @@ class ResidualMambaBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C)."""
-        out: Tensor = self.layer2(self.layer1(tokens, self.norm1), self.norm2)
-        return tokens + out
+        out: Tensor = self.layer2(self.layer1(tokens, self.norm1), self.norm2, overwrite=True)
+        return out.add_(tokens)
 
 
 class ResidualConvBlock(nn.Module):
@@ -211,7 +222,7 @@ class ResidualConvBlock(nn.Module):
     def forward(self, tokens: Tensor, spatial: Sequence[int]) -> Tensor:
         """Map tokens (B, L, C) of a grid of size ``spatial`` to (B, L, C)."""
         x = to_tokens(self.depthwise(to_grid(self.norm1(tokens), spatial)))
-        out: Tensor = self.norm2(torch.addcmul(self.pointwise(x), tokens, self.skip_scale))
+        out: Tensor = self.norm2(self.pointwise(x).addcmul_(tokens, self.skip_scale), overwrite=True)
         return out
 
 
@@ -269,7 +280,7 @@ class DecoderStage(nn.Module):
         """Tokens (B, L, C) of the grid ``spatial`` from the coarser grid's (B, L', 2C) and the skip (B, L, C)."""
         grid = to_grid(self.reduce(coarse), coarse_spatial)
         grid = F.interpolate(grid, size=list(spatial), mode=self.mode, align_corners=False)
-        tokens = to_tokens(grid) + skip
+        tokens = to_tokens(grid).add_(skip)
         for block in self.blocks:
             tokens = block(tokens, spatial)
         return tokens
@@ -301,7 +312,7 @@ class Decoder(nn.Module):
         head = cast(nn.Linear, self.seg_layers[0])
         # Scale and offset go into the head's few numbers instead of over all voxels.
         weight, bias = head.weight * self.scale, torch.addmv(head.bias, head.weight, self.offset)
-        logits = torch.matmul(weight, self.norm(tokens).transpose(1, 2)) + bias.unsqueeze(-1)  # (B, classes, L)
+        logits = torch.matmul(weight, self.norm(tokens, overwrite=True).transpose(1, 2)) + bias.unsqueeze(-1)  # (B, classes, L)
         return logits.reshape(*logits.shape[:2], *spatial)
 
 

@@ -89,9 +89,10 @@ class Mamba(nn.Module):
 class MambaStream:
     """Takes sequences through a Mamba block part by part, without gradients; the parts are equal to the whole.
 
-    The convolution needs the tokens before a part again. The scan starts from zero, so the first N of its inputs are
-    replaced by ones that bring it into the state it was left in: input n adds to component n alone, and the inputs
-    after it let that decay. Their step is so small that they take less than a factor e, which is added in advance.
+    The convolution sees the tokens before a part again, from a copy. The scan starts from zero, so N of its inputs, in
+    the place of tokens that are done, are such that they bring it into the state it was left in: input n adds to
+    component n alone, and the inputs after it let that decay. Their step is so small that they take less than a factor
+    e from it, which is added in advance.
 
     Args:
         mamba: the block.
@@ -99,8 +100,9 @@ class MambaStream:
 
     def __init__(self, mamba: Mamba) -> None:
         self.mamba = mamba
-        self.history = mamba.d_conv - 1 + mamba.d_state
-        self.state: Tensor | None = None  # (B, D, N)
+        self.history = mamba.d_conv - 1 + mamba.d_state  # tokens that a part begins with again
+        self._past: Tensor | None = None  # (B, history, C)
+        self._state: Tensor | None = None  # (B, D, N)
         self._A = A = mamba.A
         size = mamba.d_state
         step = 1 / (size * A.abs().max())
@@ -110,16 +112,19 @@ class MambaStream:
         self._b = torch.eye(size, device=A.device, dtype=A.dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Outputs (B, L, C) for L new tokens, which follow ``history`` old ones in all parts but the first."""
-        u, delta, b, c, z = self.mamba.scan_inputs(tokens)
-        old = 0
-        if self.state is not None:
-            u, delta, b, c, z = (x[:, self.mamba.d_conv - 1 :] for x in (u, delta, b, c, z))
+        """Outputs (B, L, C) for the next L tokens; all parts but the last must be at least ``history`` long."""
+        if self._past is None or self._state is None:
+            old = 0
+            u, delta, b, c, z = self.mamba.scan_inputs(tokens)
+        else:
             old = self.mamba.d_state
-            torch.mul(self.state.transpose(1, 2), self._u, out=u[:, :old])
+            tokens = torch.cat((self._past, tokens), 1)
+            u, delta, b, c, z = (x[:, self.mamba.d_conv - 1 :] for x in self.mamba.scan_inputs(tokens))
+            torch.mul(self._state.transpose(1, 2), self._u, out=u[:, :old])
             delta[:, :old] = self._delta
             b[:, :old] = self._b
-        y, self.state = self.mamba.scan(self._A, u, delta, b, c, z)
+        y, self._state = self.mamba.scan(self._A, u, delta, b, c, z)
+        self._past = tokens[:, -self.history :]
         return self.mamba.project_out(y[:, old:])
 
 

@@ -339,7 +339,7 @@ def test_prediction_in_blocks_is_prediction_as_a_whole(monkeypatch, tokens_per_b
 
 def test_prediction_in_blocks_keeps_no_tokens_of_the_inner_width():
     """The largest tensors of a layer have four times its channels: none exists for all tokens at once."""
-    layer, tokens = MambaLayer(16, 16).eval(), torch.randn(1, 2**16, 16)
+    layer, tokens = MambaLayer(16, 16).eval(), torch.randn(1, 2**17, 16)
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         numbers = 0
@@ -371,6 +371,16 @@ def test_group_norm_is_torchs():
         return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (tokens,))
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_prediction_leaves_its_input_alone():
+    network, x = build(2, blocks_up=(1, 1, 0)).eval(), torch.randn(1, 1, 16, 16)
+    features, before = [], x.clone()
+    network.encoder.register_forward_hook(lambda module, inputs, out: features.extend((t, t.clone()) for t, _ in out))
+    with torch.no_grad():
+        network(x)
+    assert torch.equal(x, before)
+    assert all(torch.equal(*pair) for pair in features[:-1])  # skips; the last is the decoder's own
 
 
 @pytest.mark.parametrize("offset", [0, 10, 100])
