@@ -165,7 +165,7 @@ static void read_states(real *restrict tile, const ln_tensor *x, int64_t offset,
     }
     for (int n = 0; n < states; n++) {
         real column[LN_CHUNK];
-        read_row(column, x, offset + n * x->channel, x->token, tokens->count, tokens);
+        read_row(column, x, offset + n * x->channel + start_of(x, tokens), x->token, tokens->count, order_of(tokens));
         for (int t = 0; t < tokens->count; t++) tile[t * padded + n] = column[t];
     }
 }
@@ -182,13 +182,13 @@ static void write_states(const real *restrict tile, const ln_tensor *x, int64_t 
     }
     if (x->channel == 1) {
         for (int t = 0; t < tokens->count; t++)
-            write_row(tile + t * padded, x, offset + token_at(tokens, t) * x->token, 1, states, NULL, false);
+            write_row(tile + t * padded, x, offset + token_at(tokens, t) * x->token, 1, states, NULL);
         return;
     }
     for (int n = 0; n < states; n++) {
         real column[LN_CHUNK];
         for (int t = 0; t < tokens->count; t++) column[t] = tile[t * padded + n];
-        write_row(column, x, offset + n * x->channel, x->token, tokens->count, tokens, false);
+        write_row(column, x, offset + n * x->channel + start_of(x, tokens), x->token, tokens->count, order_of(tokens));
     }
 }
 
@@ -273,7 +273,7 @@ static rows write_rows(const row_offsets *o, const block *k, real *tile, const m
     return (rows){(real *)o->x->data + o->outer + k->channel * o->x->channel, o->at, o->next};
 }
 
-static void finish_rows(const row_offsets *o, const block *k, const ln_tokens *tokens, const real *tile, bool add) {
+static void finish_rows(const row_offsets *o, const block *k, const ln_tokens *tokens, real *tile, bool add) {
     if (!whole_rows(o->x, k->channels))
         write_tile(tile, o->x, o->outer + k->channel * o->x->channel, k->channels, tokens, add);
 }
@@ -372,7 +372,7 @@ static void gradient_of_y(real *restrict gy, real *restrict gate, rows grad_out,
 
 /* Results of the backward walk of a block, and where its gradients go. */
 typedef struct {
-    const real *dx, *ddt, *dt, *gy, *slope, *y, *gate; /* tiles; slope, y and gate may be NULL */
+    real *dx, *ddt, *dt, *gy, *slope, *y, *gate; /* tiles; slope, y and gate may be NULL */
     rows u, du, ddelta, dz;
     bool add; /* to du */
 } walked;

@@ -63,53 +63,51 @@ INLINE int64_t token_at(const ln_tokens *tokens, int t) {
 INLINE size_t item_bytes(const ln_tensor *x) { return x->dtype == LN_FLOAT64 ? 8 : x->dtype == LN_FLOAT32 ? 4 : 2; }
 INLINE char *item(const ln_tensor *x, int64_t offset) { return (char *)x->data + offset * (int64_t)item_bytes(x); }
 
-/* Reads n numbers that lie `stride` apart (or where `tokens` says, in units of `stride`). */
-static void read_row(real *restrict row, const ln_tensor *x, int64_t offset, int64_t stride, int n, const ln_tokens *tokens) {
-#define READ(type, convert)                                                           \
-    do {                                                                              \
-        const type *p = (const type *)x->data + offset;                               \
-        if (tokens && tokens->order)                                                  \
-            for (int i = 0; i < n; i++) row[i] = (real)convert(p[token_at(tokens, i) * stride]); \
-        else if (stride == 1)                                                         \
-            for (int i = 0; i < n; i++) row[i] = (real)convert(p[i]);                 \
-        else                                                                          \
-            for (int i = 0; i < n; i++) row[i] = (real)convert(p[i * stride]);        \
+/* The order of the tokens in view, NULL where they follow each other. */
+INLINE const int32_t *order_of(const ln_tokens *tokens) { return tokens->order ? tokens->order + tokens->first : NULL; }
+/* Where counting begins: `order` counts from the first token of all. */
+INLINE int64_t start_of(const ln_tensor *x, const ln_tokens *tokens) { return tokens->order ? 0 : tokens->first * x->token; }
+
+/* Calls `each(p, i)` for n numbers that lie `stride` apart, or in units of it where `order` says. */
+#define EACH_NUMBER(type, each)                                                                 \
+    do {                                                                                        \
+        type *p = (type *)x->data + offset;                                                     \
+        if (order) for (int i = 0; i < n; i++) each(p[order[i] * stride], row[i]);              \
+        else if (stride == 1) for (int i = 0; i < n; i++) each(p[i], row[i]);                   \
+        else for (int i = 0; i < n; i++) each(p[i * stride], row[i]);                           \
     } while (0)
-    if (tokens && !tokens->order) offset += tokens->first * stride;
-    switch (x->dtype) {
-        case LN_FLOAT32: READ(loose_float, ); break;
-        case LN_FLOAT64: READ(loose_double, ); break;
-        case LN_BFLOAT16: READ(loose_half, from_bfloat16); break;
-        default: READ(loose_half, from_float16); break;
+#define EACH_DTYPE(float32, float64, bfloat16, float16)                 \
+    switch (x->dtype) {                                                 \
+        case LN_FLOAT32: EACH_NUMBER(loose_float, float32); break;      \
+        case LN_FLOAT64: EACH_NUMBER(loose_double, float64); break;     \
+        case LN_BFLOAT16: EACH_NUMBER(loose_half, bfloat16); break;     \
+        default: EACH_NUMBER(loose_half, float16); break;               \
     }
-#undef READ
+
+static void read_row(real *restrict row, const ln_tensor *x, int64_t offset, int64_t stride, int n,
+                     const int32_t *restrict order) {
+#define AS_IS(number, value) value = (real)(number)
+#define FROM_BFLOAT16(number, value) value = (real)from_bfloat16(number)
+#define FROM_FLOAT16(number, value) value = (real)from_float16(number)
+    EACH_DTYPE(AS_IS, AS_IS, FROM_BFLOAT16, FROM_FLOAT16)
 }
 
-/* The way back; adds to what is there if `add`. */
 static void write_row(const real *restrict row, const ln_tensor *x, int64_t offset, int64_t stride, int n,
-                      const ln_tokens *tokens, bool add) {
-#define AT(i) (tokens && tokens->order ? token_at(tokens, i) * stride : (i) * stride)
-#define WRITE(type, to, from)                                                         \
-    do {                                                                              \
-        type *p = (type *)x->data + offset;                                           \
-        if (add)                                                                      \
-            for (int i = 0; i < n; i++) p[AT(i)] = to((real)from(p[AT(i)]) + row[i]); \
-        else                                                                          \
-            for (int i = 0; i < n; i++) p[AT(i)] = to(row[i]);                        \
-    } while (0)
-    if (tokens && !tokens->order) offset += tokens->first * stride;
-    switch (x->dtype) {
-        case LN_FLOAT32: WRITE(loose_float, (float), ); break;
-        case LN_FLOAT64: WRITE(loose_double, , ); break;
-        case LN_BFLOAT16: WRITE(loose_half, to_bfloat16, from_bfloat16); break;
-        default: WRITE(loose_half, to_float16, from_float16); break;
-    }
-#undef WRITE
-#undef AT
+                      const int32_t *restrict order) {
+#define TO_FLOAT32(number, value) number = (float)(value)
+#define TO_FLOAT64(number, value) number = (double)(value)
+#define TO_BFLOAT16(number, value) number = to_bfloat16((float)(value))
+#define TO_FLOAT16(number, value) number = to_float16((float)(value))
+    EACH_DTYPE(TO_FLOAT32, TO_FLOAT64, TO_BFLOAT16, TO_FLOAT16)
 }
 
 INLINE bool whole_rows(const ln_tensor *x, int channels) {
     return x->channel == 1 && x->dtype == REAL_DTYPE && channels == WIDTH;
+}
+
+/* Whether vectors can be read along the tokens. */
+INLINE bool whole_columns(const ln_tensor *x, int channels, const ln_tokens *tokens) {
+    return x->token == 1 && x->dtype == REAL_DTYPE && channels == WIDTH && !tokens->order && tokens->count % LANES == 0;
 }
 
 /* tile[t][c] = x[offset + c * x->channel + token * x->token]; channels up to WIDTH are filled with zeros. */
@@ -127,53 +125,54 @@ static void read_tile(real *restrict tile, const ln_tensor *x, int64_t offset, i
             read_row(tile + t * WIDTH, x, offset + token_at(tokens, t) * x->token, 1, channels, NULL);
         return;
     }
-    real columns[WIDTH * LN_CHUNK] __attribute__((aligned(64)));
-    for (int c = 0; c < WIDTH; c++) {
-        real *column = columns + c * LN_CHUNK;
-        int filled = 0;
-        if (c < channels) {
-            read_row(column, x, offset + c * x->channel, x->token, tokens->count, tokens);
-            filled = tokens->count;
-        }
-        memset(column + filled, 0, sizeof(real) * (size_t)(LN_CHUNK - filled));
+    real buffer[WIDTH * LN_CHUNK] __attribute__((aligned(64)));
+    const real *columns = buffer;
+    int64_t column = LN_CHUNK; /* from one channel to the next */
+    if (whole_columns(x, channels, tokens)) {
+        columns = (const real *)x->data + offset + tokens->first, column = x->channel;
+    } else {
+        memset(buffer, 0, sizeof buffer);
+        for (int c = 0; c < channels; c++)
+            read_row(buffer + c * LN_CHUNK, x, offset + c * x->channel + start_of(x, tokens), x->token, tokens->count,
+                     order_of(tokens));
     }
     for (int t = 0; t < tokens->count; t += LANES)
         for (int c = 0; c < WIDTH; c += LANES) {
             vec v[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) v[i] = load(columns + (c + i) * LN_CHUNK + t);
+            UNROLL for (int i = 0; i < LANES; i++) v[i] = load_loose(columns + (c + i) * column + t);
             transpose(v);
             UNROLL for (int i = 0; i < LANES; i++) store(tile + (t + transposed(i)) * WIDTH + c, v[i]);
         }
 }
 
-static void write_tile(const real *restrict tile, const ln_tensor *x, int64_t offset, int channels, const ln_tokens *tokens,
-                       bool add) {
-    if (whole_rows(x, channels)) {
-        for (int t = 0; t < tokens->count; t++) {
-            real *row = (real *)x->data + offset + token_at(tokens, t) * x->token;
-            UNROLL for (int r = 0; r < REGISTERS; r++) {
-                vec v = load(tile + t * WIDTH + r * LANES);
-                if (add) v += load_loose(row + r * LANES);
-                store_loose(row + r * LANES, v);
-            }
-        }
-        return;
+/* The way back; adds to what is there if `add`. */
+static void write_tile(real *restrict tile, const ln_tensor *x, int64_t offset, int channels, const ln_tokens *tokens, bool add) {
+    if (add) {
+        real there[WIDTH * LN_CHUNK] __attribute__((aligned(64)));
+        read_tile(there, x, offset, channels, tokens);
+        for (int i = 0; i < tokens->count * WIDTH; i += LANES) store(tile + i, load(tile + i) + load(there + i));
     }
     if (x->channel == 1) {
         for (int t = 0; t < tokens->count; t++)
-            write_row(tile + t * WIDTH, x, offset + token_at(tokens, t) * x->token, 1, channels, NULL, add);
+            write_row(tile + t * WIDTH, x, offset + token_at(tokens, t) * x->token, 1, channels, NULL);
         return;
     }
-    real columns[WIDTH * LN_CHUNK] __attribute__((aligned(64)));
+    real buffer[WIDTH * LN_CHUNK] __attribute__((aligned(64)));
+    real *columns = buffer;
+    int64_t column = LN_CHUNK;
+    const bool whole = whole_columns(x, channels, tokens);
+    if (whole) columns = (real *)x->data + offset + tokens->first, column = x->channel;
     for (int t = 0; t < tokens->count; t += LANES)
         for (int c = 0; c < WIDTH; c += LANES) {
             vec v[LANES];
             UNROLL for (int i = 0; i < LANES; i++) v[i] = load(tile + (t + i) * WIDTH + c);
             transpose(v);
-            UNROLL for (int i = 0; i < LANES; i++) store(columns + (c + transposed(i)) * LN_CHUNK + t, v[i]);
+            UNROLL for (int i = 0; i < LANES; i++) store_loose(columns + (c + transposed(i)) * column + t, v[i]);
         }
-    for (int c = 0; c < channels; c++)
-        write_row(columns + c * LN_CHUNK, x, offset + c * x->channel, x->token, tokens->count, tokens, add);
+    if (!whole)
+        for (int c = 0; c < channels; c++)
+            write_row(buffer + c * LN_CHUNK, x, offset + c * x->channel + start_of(x, tokens), x->token, tokens->count,
+                      order_of(tokens));
 }
 
 #endif
