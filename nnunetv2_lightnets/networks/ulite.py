@@ -25,6 +25,7 @@ from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
     BatchNorm,
     Convolution,
+    DepthwiseLine,
     channels_last_on_cpu,
     checked_strides,
     max_pool,
@@ -43,13 +44,14 @@ class AxialDepthwise(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, spatial_dims: int, dilation: int = 1) -> None:
         super().__init__()
+        convolution = nn.Conv2d if spatial_dims == 2 else DepthwiseLine
         self.axes = nn.ModuleList()
         for axis in range(spatial_dims):
             kernel, padding = [1] * spatial_dims, [0] * spatial_dims
             kernel[axis] = kernel_size
             padding[axis] = dilation * (kernel_size // 2)
             self.axes.append(
-                CONVOLUTION[spatial_dims](
+                convolution(
                     channels,
                     channels,
                     tuple(kernel),  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from nnunetv2_lightnets.networks.layers import (
     Convolution,
     channels_last_on_cpu,
     checked_strides,
+    depthwise_convolution,
     max_pool,
     refuse_deep_supervision,
     upsample_linear,
@@ -69,7 +70,7 @@ class DepthwiseBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> the same shape."""
         weight = self.convolution.weight
-        y = x * weight.transpose(0, 1) if weight[0].numel() == 1 else self.convolution(x)
+        y = x * weight.transpose(0, 1) if weight[0].numel() == 1 else depthwise_convolution(x, self.convolution)
         return F.relu6(self.norm(y), inplace=True)
 
     def prepared(self) -> PreparedBranch | PreparedAffineBranch:

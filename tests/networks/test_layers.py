@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import (
     BatchNorm,
+    DepthwiseLine,
     channels_last_on_cpu,
     checked_strides,
+    depthwise_convolution,
     max_pool,
     upsample_linear,
     upsample_nearest,
@@ -66,6 +69,56 @@ def test_channels_last_on_a_cpu_reaches_the_next_convolution(shape):
 def test_other_devices_keep_the_memory_format():
     x = torch.empty(1, 3, 4, 4, device="meta")
     assert channels_last_on_cpu(x) is x
+
+
+def _loss_and_gradients(convolve, x, parameters):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = convolve(x)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)  # the same for every memory format
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("shape", [(1, 4, 5, 6, 7), (3, 2, 4, 1, 9), (2, 1, 3, 8, 4)])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_depthwise_convolution_has_torchs_values_and_gradients(shape, size, memory_format):
+    channels = shape[1]
+    convolution = nn.Conv3d(channels, channels, size, padding=size // 2, groups=channels, bias=False).double()
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    parameters = list(convolution.parameters())
+    found = _loss_and_gradients(lambda z: depthwise_convolution(z, convolution), x, parameters)
+    expected = _loss_and_gradients(convolution, x, parameters)
+    for ours, torchs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(1, 4, 5, 6, 7), (3, 2, 4, 1, 9), (2, 1, 3, 8, 4)])
+def test_depthwise_line_has_torchs_values_and_gradients(shape, axis, dilation, memory_format):
+    kernel, padding = [1, 1, 1], [0, 0, 0]
+    kernel[axis], padding[axis] = 7, 3 * dilation
+    settings = {"padding": padding, "dilation": dilation, "groups": shape[1]}
+    line = DepthwiseLine(shape[1], shape[1], kernel, **settings).double()
+    torchs = nn.Conv3d(shape[1], shape[1], kernel, **settings).double()
+    torchs.load_state_dict(line.state_dict())
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    found = _loss_and_gradients(line, x, list(line.parameters()))
+    expected = _loss_and_gradients(torchs, x, list(torchs.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.inference_mode():
+        torch.testing.assert_close(line(x), torchs(x))
+
+
+def test_depthwise_line_makes_no_copy_of_a_channels_last_volume():
+    line = DepthwiseLine(3, 3, (1, 7, 1), padding=(0, 3, 0), groups=3)
+    x = torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+    with torch.profiler.profile() as profile:
+        y = line(x)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert "aten::copy_" not in {event.key for event in profile.key_averages()}
 
 
 def test_pooling_and_upsampling_per_axis():
