@@ -9,6 +9,8 @@ measures LightM-UNet against nnU-Net's PlainConvUNet and writes ``benchmarks/res
 - ``forward, no scan``: the same with the scan left out, which shows what the rest costs;
 - ``products``: the matrix products of that forward pass alone, with results written into mapped memory, each at its
   own shape; and ``products at the rate of (262144, 64) x (64, 256)``. No forward pass can take less;
+- ``convolutions`` (causal, with SiLU) and ``layer norms``: the same for the steps that cost most beside them. These,
+  the products and the scan together are the floor of a network that runs step by step, whatever calls the steps;
 - ``training step``: forward, cross-entropy and backward of two patches of 40x56x40, PlainConvUNet with 4 stages.
 
 Networks take turns, so that a busy moment of the machine hits them alike; ratios are medians of the ratios of one turn.
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 
 from nnunetv2_lightnets import create_network
 from nnunetv2_lightnets.networks import mamba
-from nnunetv2_lightnets.ops import available_backends, use_backend
+from nnunetv2_lightnets.ops import available_backends, causal_conv1d, use_backend
 from nnunetv2_lightnets.ops.selective_scan.native import instruction_sets
 
 CLASSES = 3
@@ -155,9 +157,14 @@ def products(network: nn.Module, x: Tensor) -> list[tuple[int, int, int]]:
     return found
 
 
+def rows_per_block(widest: int) -> int:
+    """Rows of a block that stays in the caches, as in prediction."""
+    return max(256, 2**20 // widest)
+
+
 def one_product(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
-    """One product into mapped memory, in blocks of rows that stay in the caches."""
-    step = max(256, 2**20 // max(inputs, outputs))
+    """One product into mapped memory, block by block."""
+    step = rows_per_block(max(inputs, outputs))
     x, weight, out = torch.randn(min(rows, step), inputs), torch.randn(inputs, outputs), torch.empty(step, outputs)
 
     def run() -> None:
@@ -166,6 +173,45 @@ def one_product(rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
             torch.mm(x[:count], weight, out=out[:count])
 
     return run
+
+
+def one_convolution(rows: int, channels: int) -> Callable[[], Any]:
+    """One causal convolution with SiLU, which reads half the channels of its input, block by block."""
+    step = min(rows, rows_per_block(2 * channels))
+    x, weight, bias = torch.randn(1, step, 2 * channels), torch.randn(channels, 4), torch.randn(channels)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for _ in range(0, rows, step):
+                causal_conv1d(x[..., :channels].transpose(1, 2), weight, bias, activation="silu")
+
+    return run
+
+
+def one_layer_norm(rows: int, channels: int) -> Callable[[], Any]:
+    """One layer norm, block by block."""
+    step = min(rows, rows_per_block(4 * channels))
+    x, weight, bias = torch.randn(1, step, channels), torch.randn(channels), torch.randn(channels)
+
+    def run() -> None:
+        for _ in range(0, rows, step):
+            F.layer_norm(x, (channels,), weight, bias)
+
+    return run
+
+
+def layers(network: nn.Module, x: Tensor) -> list[tuple[int, int]]:
+    """Tokens and channels of each Mamba layer."""
+    found: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        found.append((inputs[0].shape[0] * inputs[0].shape[1], inputs[0].shape[2]))
+
+    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, mamba.Mamba)]
+    network.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 # ---- Timing ----
@@ -182,6 +228,11 @@ def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def total(make: Callable[..., Callable[[], Any]], shapes: Sequence[tuple[int, ...]]) -> float:
+    """Seconds of one step after the other, for all shapes."""
+    return sum(min(take_turns({"": make(*shape)}, 3)[""]) * shapes.count(shape) for shape in sorted(set(shapes)))
 
 
 def rows_of(
@@ -221,13 +272,16 @@ def measure_forward(repeats: int) -> list[dict[str, Any]]:
     rate = 262144 * 64 * 256 / min(take_turns({"rate": one_product(262144, 64, 256)}, repeats)["rate"])
     for name in LIGHT:
         shapes = products(networks[name], x)
-        own = {
-            shape: min(take_turns({"": one_product(*shape)}, 3)[""]) * shapes.count(shape)
-            for shape in sorted({*shapes})
-        }
         macs = sum(rows * inputs * outputs for rows, inputs, outputs in shapes)
-        rows += rows_of("products", {name: [sum(own.values())]}, networks, x, base)
-        rows += rows_of("products at the rate of (262144, 64) x (64, 256)", {name: [macs / rate]}, networks, x, base)
+        of_layers = layers(networks[name], x)
+        floor = {
+            "products": total(one_product, shapes),
+            "products at the rate of (262144, 64) x (64, 256)": macs / rate,
+            "convolutions": total(one_convolution, [(tokens, 2 * channels) for tokens, channels in of_layers]),
+            "layer norms": 2 * total(one_layer_norm, of_layers),
+        }
+        for measurement, seconds_taken in floor.items():
+            rows += rows_of(measurement, {name: [seconds_taken]}, networks, x, base)
 
     widest = next(iter(LIGHT))
     start = time.perf_counter()
