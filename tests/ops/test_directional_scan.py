@@ -31,7 +31,10 @@ def _arguments(batch, channels, length, state, directions, *, D=True, bias=True,
 
     def normal(*shape):
         x = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return x.mT.contiguous().mT if channels_last and shape[-1] == length and len(shape) > 2 else x
+        if not channels_last or shape[-1] != length:
+            return x
+        # (B, L, D) memory, and (B, L, K, D) or (B, K, L, D)
+        return x.mT.contiguous().mT if seed % 2 else x.movedim(-1, 1).contiguous().movedim(1, -1)
 
     return [
         normal(batch, channels, length),
@@ -110,10 +113,10 @@ def _check(backend, arguments, order, softplus, dtype, assert_close):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("channels_last", "seed"), [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (13, 11)])
-def test_equals_the_definition(backend, dtype, channels_last, shape, assert_close):
-    arguments = _arguments(2, 6, shape[0] * shape[1], 4, 4, channels_last=channels_last)
+def test_equals_the_definition(backend, dtype, channels_last, seed, shape, assert_close):
+    arguments = _arguments(2, 6, shape[0] * shape[1], 4, 4, channels_last=channels_last, seed=seed)
     _check(backend, arguments, scan_order(shape), True, dtype, assert_close)
 
 

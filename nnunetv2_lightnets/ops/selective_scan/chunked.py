@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -122,10 +123,23 @@ def _steps(
     return raw, step
 
 
-def _states_of(block: _Block, buffer: Tensor) -> Tensor:
-    """Room for the states of a block, (T, B, G, m, N, X), in a buffer (T * m, B, G, N, X) for the largest block."""
-    room = buffer[: block.steps * block.chunks]
-    return room.view(block.steps, *buffer.shape[1:3], block.chunks, *buffer.shape[3:])
+class _Room:
+    """Memory for the states of a block, which all blocks use in turn."""
+
+    def __init__(self, largest: _Block, like: Tensor) -> None:
+        """``like`` (B, G, N, X) is the state after one token."""
+        self._buffer = like.new_empty(largest.steps * largest.chunks, *like.shape)
+        self._views: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+    def of(self, block: _Block) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """States (T, B, G, m, N, X), and the same token by token, as taking them apart for each block is slow."""
+        size = block.steps, block.chunks
+        if size not in self._views:
+            _, batch, groups, state, channels = self._buffer.shape
+            shape = (block.steps, batch, groups, block.chunks, state, channels)
+            states = self._buffer[: block.steps * block.chunks].view(shape)
+            self._views[size] = states, states.unbind()
+        return self._views[size]
 
 
 def _scan(decays: Sequence[Tensor], states: Sequence[Tensor], initial: Tensor) -> None:
@@ -153,9 +167,10 @@ def _carry(ends: Tensor, total: Tensor, carried: Tensor, chunks: Sequence[int]) 
         chunks: The chunks in the order in which they pass on what they carry.
     """
     entering = torch.empty_like(ends)
-    for chunk in chunks:
-        entering[:, :, chunk] = carried
-        carried = torch.addcmul(ends[:, :, chunk], total[:, :, chunk], carried)
+    end_of, total_of, entering_of = ends.unbind(2), total.unbind(2), entering.unbind(2)
+    entering_of[chunks[0]].copy_(carried)
+    for chunk, following in pairwise(chunks):
+        torch.addcmul(end_of[chunk], total_of[chunk], entering_of[chunk], out=entering_of[following])
     return entering
 
 
@@ -178,18 +193,16 @@ def forward(
     A2 = _grouped(A * LOG2_E, groups).transpose(2, 3).contiguous()  # (G, 1, N, X)
     B, C = B.flatten(1, 2), C.flatten(1, 2)
     blocks = _blocks(u, state)
-    decay_room = A.new_empty(blocks[0].chunks * blocks[0].steps, batch, groups, state, channels // groups)
-    h_room = torch.empty_like(decay_room)
+    carried = A.new_zeros(batch, groups, state, channels // groups)
+    decay_room, h_room = _Room(blocks[0], carried), _Room(blocks[0], carried)
     out = torch.empty_like(u)
     saved = A.new_empty(batch, n_chunks(length), state, channels) if save_states else A.new_empty(0)
-    carried = A.new_zeros(batch, groups, state, channels // groups)
     for block in blocks:
         _, step = _steps(block, delta, delta_bias, delta_softplus, groups, dtype)
         x = block.load(u, groups, dtype)
-        decay, h = _states_of(block, decay_room), _states_of(block, h_room)
+        (decay, decays), (h, states) = decay_room.of(block), h_room.of(block)
         torch.mul(step.unsqueeze(-2), A2, out=decay).exp2_()
         torch.mul((step * x).unsqueeze(-2), block.load(B, groups, dtype).unsqueeze(-1), out=h)
-        decays, states = decay.unbind(), h.unbind()
         initial = carried.unsqueeze(2)  # (B, G, m, N, X)
         if block.chunks > 1:
             total = torch.exp2(step.sum(0).unsqueeze(-2) * A2)
@@ -231,8 +244,6 @@ def backward(
     A2 = A_grouped * LOG2_E
     flat_B, flat_C = B.flatten(1, 2), C.flatten(1, 2)
     blocks = _blocks(u, state)
-    decay_room = A.new_empty(blocks[0].chunks * blocks[0].steps, batch, groups, state, channels // groups)
-    h_room, dh_room = torch.empty_like(decay_room), torch.empty_like(decay_room)
     # (B, chunk, N, D) -> (B, G, chunk, N, X)
     saved = states.view(batch, n_chunks(length), state, groups, -1).permute(0, 3, 1, 2, 4)
 
@@ -244,6 +255,7 @@ def backward(
         carried = A.new_zeros(batch, groups, state, channels // groups)
     else:
         carried = grad_last_state.view(batch, groups, -1, state).transpose(2, 3).contiguous()
+    decay_room, h_room, dh_room = (_Room(blocks[0], carried) for _ in range(3))
 
     for block in reversed(blocks):
         raw, step = _steps(block, delta, delta_bias, delta_softplus, groups, dtype)
@@ -251,11 +263,10 @@ def backward(
         B_block, C_block = block.load(flat_B, groups, dtype), block.load(flat_C, groups, dtype)
         first = block.start // CHUNK
         initial = saved[:, :, first : first + block.chunks].contiguous()  # (B, G, m, N, X)
-        decay, h, dh = (_states_of(block, room) for room in (decay_room, h_room, dh_room))
+        (decay, decays), (h, states_of), (dh, dh_of) = (room.of(block) for room in (decay_room, h_room, dh_room))
         torch.mul(step.unsqueeze(-2), A2, out=decay).exp2_()
         torch.mul((step * x).unsqueeze(-2), B_block.unsqueeze(-1), out=h)
-        decays = decay.unbind()
-        _scan(decays, h.unbind(), initial)
+        _scan(decays, states_of, initial)
 
         if z is not None and dz is not None:
             y = (C_block.unsqueeze(-2) @ h).squeeze(-2)  # (T, B, G, m, X)
@@ -269,7 +280,7 @@ def backward(
 
         # The same recurrence from the last token to the first: dh[t] = C[t] grad[t] + decay[t + 1] dh[t + 1].
         torch.mul(grad.unsqueeze(-2), C_block.unsqueeze(-1), out=dh)
-        later_decays, backwards = decays[:0:-1], dh.unbind()[::-1]
+        later_decays, backwards = decays[:0:-1], dh_of[::-1]
         entering = carried.unsqueeze(2)  # (B, G, m, N, X)
         if block.chunks > 1:
             total = torch.exp2(step.sum(0).unsqueeze(-2) * A2)

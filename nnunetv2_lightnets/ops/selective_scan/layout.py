@@ -29,33 +29,31 @@ def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(result)
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of ``x`` (B, D, L) are neighbours in memory."""
-    return x.stride(1) == 1 and x.shape[1] > 1
-
-
 def take_tokens(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of ``x`` (B, ..., L) in every direction's own order.
+    """Tokens of ``x`` in every direction's own order.
 
     Args:
         x: (B, D, L), shared by the directions, or (B, K, D, L), one for each.
         order: (K, L), the image index of every direction's t-th token.
 
     Returns:
-        (B, K, D, L), with channels as neighbours in memory where they are so in ``x``.
+        (B, K, D, L), in (B, L, K, D) memory: whole rows of channels are copied, which is fast where the channels of
+        ``x`` are neighbours in memory, too.
     """
-    directions = [
-        # Rows of channels are copied as a whole when they are neighbours in memory.
-        source.transpose(1, 2).index_select(1, index).transpose(1, 2)
-        if is_channels_last(source)
-        else source.index_select(2, index)
-        for source, index in zip(_per_direction(x, order), order, strict=True)
-    ]
-    return torch.stack(directions, dim=1)
-
-
-def _per_direction(x: Tensor, order: Tensor) -> list[Tensor]:
-    return [x] * order.shape[0] if x.dim() == 3 else list(x.unbind(1))
+    directions, length = order.shape
+    if x.dim() == 3:
+        rows = x.transpose(1, 2)  # (B, L, D)
+        index = order.T  # (L, K), row of every token
+    elif x.stride(1) > x.stride(3):
+        rows = x.transpose(2, 3).flatten(1, 2)  # (B, K * L, D)
+        index = order.T + torch.arange(0, directions * length, length, device=order.device)
+    else:
+        rows = x.permute(0, 3, 1, 2).flatten(1, 2)  # (B, L * K, D)
+        index = order.T * directions + torch.arange(directions, device=order.device)
+    batch, per_item, channels = rows.shape
+    index = index.flatten() + torch.arange(0, batch * per_item, per_item, device=order.device)[:, None]  # (B, L * K)
+    taken = rows.reshape(-1, channels).index_select(0, index.flatten())
+    return taken.view(batch, length, directions, channels).permute(0, 2, 3, 1)
 
 
 def put_tokens(x: Tensor, order: Tensor) -> Tensor:

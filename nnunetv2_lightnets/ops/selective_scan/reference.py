@@ -47,8 +47,8 @@ def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) 
 
 def _per_channel(x: Tensor, channels: int) -> Tensor:
     """B or C (B, G, N, L) as (L, B, D, N): every group serves D / G neighbouring channels."""
-    x = x.to(compute_dtype(x)).repeat_interleave(channels // x.shape[1], dim=1)  # (B, D, N, L)
-    return x.permute(3, 0, 1, 2)
+    x = x.to(compute_dtype(x)).permute(3, 0, 1, 2).contiguous()  # (L, B, G, N)
+    return x.repeat_interleave(channels // x.shape[2], dim=2)
 
 
 def forward(
