@@ -36,7 +36,8 @@ from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_
 from nnunetv2_lightnets.networks.registry import register_network
 
 DILATIONS = (1, 2, 3)  # of the bottleneck's axial convolutions, whose kernel is 3 (paper, section II-C)
-PUBLISHED_STEM = {2: 7, 3: 3}
+DEFAULT_STEM = {2: 7, 3: 3}  # 7 as published
+WIDEST_MERGED_ON_CPU = 3  # axial kernels that are one convolution in prediction, see AxialDepthwise.prepared
 
 
 class AxialDepthwise(nn.Module):
@@ -77,7 +78,7 @@ class AxialDepthwise(nn.Module):
         axes: list[Any] = list(copy.deepcopy(self.axes))
         size, dims = max(axes[0].kernel_size), len(axes)
         on_cpu = axes[0].weight.device.type == "cpu"
-        if size <= 3 or (dims == 2 and not on_cpu):
+        if size <= WIDEST_MERGED_ON_CPU or (dims == 2 and not on_cpu):
             kernels = [_cross(axes)]
         else:
             kernels = axes
@@ -291,7 +292,7 @@ class ULite(nn.Module):
                 f"U-Lite's channels must be at least two, the last a multiple of {1 + len(DILATIONS)} (the branches "
                 f"of its bottleneck), got {tuple(channels)}"
             )
-        stem_kernel_size = stem_kernel_size or PUBLISHED_STEM[spatial_dims]
+        stem_kernel_size = stem_kernel_size or DEFAULT_STEM[spatial_dims]
         for label, size in (("kernel_size", kernel_size), ("stem_kernel_size", stem_kernel_size)):
             if size < 1 or size % 2 == 0:
                 raise LightNetsError(f"U-Lite's {label} must be odd, got {size}")
