@@ -5,6 +5,7 @@
 measures LightM-UNet against nnU-Net's PlainConvUNet and writes ``benchmarks/results/networks_cpu.csv``:
 
 - ``forward``: a patch of 64x64x64, no gradients, PlainConvUNet with 6 stages (32 to 320 features);
+- ``forward, not in blocks``: the same with every Mamba layer computed for all tokens at once;
 - ``forward, textbook scan``: the same with the scan as mamba-ssm runs it without a GPU (once; about a minute);
 - ``forward, no scan``: the same with the scan left out, which shows what the rest costs;
 - ``products``: the matrix products of that forward pass alone, with results written into mapped memory, each at its
@@ -32,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
 from nnunetv2_lightnets import create_network
-from nnunetv2_lightnets.networks import mamba
+from nnunetv2_lightnets.networks import lightm_unet, mamba
 from nnunetv2_lightnets.ops import available_backends, causal_conv1d, use_backend
 from nnunetv2_lightnets.ops.selective_scan.native import instruction_sets
 
@@ -113,25 +115,36 @@ def with_textbook_scan(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @contextmanager
-def no_scan() -> Iterator[None]:
-    """The scan returns its input, and a state of zeros."""
-    scan = mamba.selective_scan
-
-    def skip(u: Tensor, delta: Tensor, A: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return u, A.new_zeros(u.shape[0], *A.shape)
-
-    mamba.selective_scan = skip  # type: ignore[assignment]
+def patched(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """A name of a module means something else for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        mamba.selective_scan = scan
+        setattr(module, name, before)
+
+
+def skip_scan(u: Tensor, delta: Tensor, A: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """In the place of the scan: its input, and a state of zeros."""
+    return u, A.new_zeros(u.shape[0], *A.shape)
+
+
+def not_in_blocks(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same for all tokens at once."""
+
+    def whole() -> None:
+        with patched(lightm_unet, "computes_in_blocks", lambda tokens: False):
+            run()
+
+    return whole
 
 
 def without_scan(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same without the scan."""
 
     def skipping() -> None:
-        with no_scan():
+        with patched(mamba, "selective_scan", skip_scan):
             run()
 
     return skipping
@@ -263,11 +276,13 @@ def measure_forward(repeats: int) -> list[dict[str, Any]]:
             "lightm_unet", spatial_dims=3, input_channels=1, num_classes=CLASSES, **settings
         )
     runs = {name: forward(network, x) for name, network in networks.items()}
-    skipping = {f"{name}, no scan": without_scan(runs[name]) for name in LIGHT}
-    seconds = take_turns({**runs, **skipping}, repeats)
+    changes = {"no scan": without_scan, "not in blocks": not_in_blocks}
+    changed = {f"{name}, {label}": change(runs[name]) for name in LIGHT for label, change in changes.items()}
+    seconds = take_turns({**runs, **changed}, repeats)
     base = seconds[BASELINE]
     rows = rows_of("forward", {name: seconds[name] for name in networks}, networks, x, base)
-    rows += rows_of("forward, no scan", {name: seconds[f"{name}, no scan"] for name in LIGHT}, networks, x, base)
+    for label in changes:
+        rows += rows_of(f"forward, {label}", {name: seconds[f"{name}, {label}"] for name in LIGHT}, networks, x, base)
 
     rate = 262144 * 64 * 256 / min(take_turns({"rate": one_product(262144, 64, 256)}, repeats)["rate"])
     for name in LIGHT:
