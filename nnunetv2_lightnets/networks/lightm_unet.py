@@ -312,7 +312,8 @@ class Decoder(nn.Module):
         head = cast(nn.Linear, self.seg_layers[0])
         # Scale and offset go into the head's few numbers instead of over all voxels.
         weight, bias = head.weight * self.scale, torch.addmv(head.bias, head.weight, self.offset)
-        logits = torch.matmul(weight, self.norm(tokens, overwrite=True).transpose(1, 2)) + bias.unsqueeze(-1)  # (B, classes, L)
+        normalised = self.norm(tokens, overwrite=True).transpose(1, 2)  # (B, width, L)
+        logits = torch.matmul(weight, normalised) + bias.unsqueeze(-1)  # (B, classes, L)
         return logits.reshape(*logits.shape[:2], *spatial)
 
 
