@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import sys
 from types import TracebackType
 
+from nnunetv2_lightnets.discovery.start_up import SHIM_FOLDER, VARIABLE, is_nnunet_command
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.trainers import nearest_trainers
 
 _FULL_TRACEBACK = "NNUNET_LIGHTNETS_TRACEBACK"
-_DATA_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-
-
-def is_nnunet_command() -> bool:
-    """Whether this process was started as one of nnU-Net's commands (``nnUNetv2_train``, ``nnUNetv2_predict``, ...)."""
-    return os.path.basename(sys.argv[0] if sys.argv else "").startswith("nnUNetv2_")
+_PREPROCESSED = "nnUNet_preprocessed"
+_DATA_FOLDERS = ("nnUNet_raw", _PREPROCESSED, "nnUNet_results")
+# How nnU-Net's own words for a mistake begin, where they help as they are.
+_CLEAR_WORDS = (
+    "Cannot both continue",
+    "Cannot run validation because",
+    "Cannot set --c and --val",
+    "dataset_name_or_id",
+    "More than one dataset name found",
+    "-device must be",
+    *(f"{folder} is not defined" for folder in _DATA_FOLDERS),
+)
+_NO_CUDA = ("Found no NVIDIA driver", "Torch not compiled with CUDA", "No CUDA GPUs are available")
 
 
 def user_mistake(error: BaseException) -> str | None:
@@ -25,10 +36,10 @@ def user_mistake(error: BaseException) -> str | None:
         mistake: str | None = str(error)
     elif isinstance(error, OSError):
         mistake = _disk_mistake(error)
-    elif isinstance(error, RuntimeError | ValueError):
-        mistake = _nnunet_mistake(" ".join(str(error).split()))
     else:
-        mistake = None
+        mistake = _damaged_checkpoint(error)
+        if mistake is None and isinstance(error, RuntimeError | ValueError | AssertionError):
+            mistake = _nnunet_mistake(" ".join(str(error).split()))
     return None if mistake is None else f"Error: {' '.join(mistake.split())}"
 
 
@@ -37,27 +48,72 @@ def _disk_mistake(error: OSError) -> str | None:
         return None
     if error.filename is None:
         return f"{error.strerror}; check the disk that holds nnUNet_results"
+    file = str(error.filename)
     if isinstance(error, FileNotFoundError):
-        remedy = (
-            ": run nnUNetv2_plan_and_preprocess first, and check -p" if str(error.filename).endswith("json") else ""
-        )
-        return f"{error.filename} does not exist{remedy}"
-    return f"{error.filename}: {error.strerror}; check that the folder exists and can be written"
+        return f"{file} does not exist{_missing_file_remedy(file)}"
+    return f"{file}: {error.strerror}; check that the folder exists and can be written"
+
+
+def _missing_file_remedy(file: str) -> str:
+    """What to do about a missing file of nnU-Net's, by its place."""
+    folder, name = os.path.split(file)
+    preprocessed = os.environ.get(_PREPROCESSED)
+    if name.startswith("checkpoint_"):
+        return ": this fold's training has not finished; go on with --c, or name another checkpoint with -chk"
+    if preprocessed and file.startswith(preprocessed):
+        return ": run nnUNetv2_plan_and_preprocess first, and check -p"
+    if os.path.basename(folder).count("__") == 2:  # TRAINER__PLANS__CONFIGURATION
+        trainer = os.path.basename(folder).split("__")[0]
+        nearest = nearest_trainers(trainer)
+        meant = f"; did you mean {', '.join(nearest)}?" if nearest and trainer not in nearest else ""
+        return f": no such model was trained; check -d, -tr, -c and -p{meant}"
+    return ""
+
+
+def _damaged_checkpoint(error: BaseException) -> str | None:
+    """Name the file, if the error comes out of ``torch.load``."""
+    if not isinstance(error, RuntimeError | EOFError | pickle.UnpicklingError):
+        return None
+    trace = error.__traceback__
+    while trace is not None:
+        code, variables = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        if code.co_name == "load" and code.co_filename.endswith(os.path.join("torch", "serialization.py")):
+            return f"{variables.get('f')} cannot be read: it is truncated or damaged, or no checkpoint; get it again"
+        trace = trace.tb_next
+    return None
 
 
 def _nnunet_mistake(text: str) -> str | None:
-    """nnU-Net's own words for a mistake, as far as they help; None for its other errors."""
+    """Mistakes that nnU-Net or torch report in words; None for their other errors."""
     if text.startswith("Could not find a dataset with the ID"):
         folders = ", ".join(f"{key}={os.environ.get(key)}" for key in _DATA_FOLDERS)
         return f"{text.split('Make sure')[0].strip()} Looked in {folders}"
-    mistakes = (
-        "More than one dataset name found",
-        "dataset_name_or_id",
-        "Cannot run validation because",
-        "Cannot both continue",
-        *(f"{folder} is not defined" for folder in _DATA_FOLDERS),
-    )
-    return text if text.startswith(mistakes) else None
+    if missing := re.match(r"Could not find requested nnunet trainer (\S+)", text):
+        nearest = ", ".join(nearest_trainers(missing[1]))
+        remedy = f"did you mean {nearest}?" if nearest else "nnUNetv2_lightnets networks lists those that are here"
+        return f"there is no trainer {missing[1]}, neither in nnU-Net nor in {VARIABLE}; {remedy}"
+    if text.startswith(_NO_CUDA):
+        return f"{text.split('.')[0]}; to compute on the CPU add -device cpu"
+    if "pretrained model" in text and "compatible with your network" in text:  # holds all numbers of a tensor
+        return f"-pretrained_weights: {text.split(';')[0]}; take a checkpoint of the same trainer and configuration"
+    return text if text.startswith(_CLEAR_WORDS) else None
+
+
+def report_errors_if_ours() -> None:
+    """Report mistakes in one line if the command names (``-tr``) one of our trainers, or nearly so."""
+    name = trainer_argument()
+    if name is not None and nearest_trainers(name):
+        report_errors_in_one_line()
+
+
+def trainer_argument() -> str | None:
+    """What this command was given as ``-tr``, or None."""
+    for argument, following in zip(sys.argv, [*sys.argv[1:], None], strict=True):
+        if argument == "-tr":
+            return following
+        if argument.startswith("-tr="):
+            return argument.removeprefix("-tr=")
+    return None
 
 
 def report_errors_in_one_line() -> None:
@@ -80,8 +136,22 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
     mistake = user_mistake(error)
     if mistake is None:
         _previous(kind, error, trace)
+        if file := _users_own_module(trace):
+            print(f"The error comes from {file}: {VARIABLE} names its folder, which nnU-Net searches.", file=sys.stderr)
         return
     sys.stdout.flush()
     print(mistake, file=sys.stderr)
     # Python ends with the exit code of a SystemExit that an excepthook raises.
     raise SystemExit(2)
+
+
+def _users_own_module(trace: TracebackType | None) -> str | None:
+    """The file in a folder of ``nnUNet_extTrainer``, other than ours, through which an error went."""
+    folders = [os.path.abspath(f) for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f.strip()]
+    own = [os.path.join(folder, "") for folder in folders if folder != SHIM_FOLDER]
+    while trace is not None:
+        file = os.path.abspath(trace.tb_frame.f_code.co_filename)
+        if file.startswith(tuple(own)):
+            return file
+        trace = trace.tb_next
+    return None

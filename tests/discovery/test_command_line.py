@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from nnunetv2_lightnets.discovery.command_line import user_mistake
 from nnunetv2_lightnets.errors import LightNetsError
+
+MODEL = "Dataset001_X/nnUNetTrainerLightMUNet_5epochs__nnUNetPlans__2d"
+MISSPELT_MODEL = "Dataset001_X/nnUNetTrainerLightMUnet__nnUNetPlans__2d"
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (LightNetsError("the thing, its value and\nthe remedy"), "the thing, its value and the remedy"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/p/nnUNetPlans.json"), "nnUNetv2_plan_and_preprocess"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/pre/D/nnUNetPlans.json"), "nnUNetv2_plan_and_preprocess"),
+        (FileNotFoundError(errno.ENOENT, "No such file", f"/res/{MODEL}/dataset.json"), "no such model was trained"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", f"/res/{MISSPELT_MODEL}/dataset.json"),
+            "did you mean nnUNetTrainerLightMUNet",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file", f"/res/{MODEL}/fold_1/checkpoint_final.pth"), "--c"),
         (PermissionError(errno.EACCES, "Permission denied", "/results"), "/results: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (RuntimeError("Could not find a dataset with the ID 7. Make sure the requested"), "with the ID 7. Looked in"),
         (RuntimeError("nnUNet_results is not defined. nnU-Net cannot"), "nnUNet_results is not defined"),
+        (RuntimeError("Could not find requested nnunet trainer nnUNetTrainerULight in"), "mean nnUNetTrainerULite"),
+        (RuntimeError("Could not find requested nnunet trainer nnUNetTrainerXYZ in"), "nnUNetv2_lightnets networks"),
+        (RuntimeError("Found no NVIDIA driver on your system. Please check"), "-device cpu"),
+        (AssertionError("Torch not compiled with CUDA enabled"), "-device cpu"),
+        (AssertionError("Cannot set --c and --val flag at the same time. Dummy."), "--c and --val"),
+        (AssertionError("Key a.b is missing in the pretrained model. Not compatible with your network."), "Key a.b"),
         (KeyboardInterrupt(), "--c"),
     ],
 )
-def test_mistakes_have_one_line(error: BaseException, words: str) -> None:
+def test_mistakes_have_one_line(error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_preprocessed", "/pre")
     line = user_mistake(error)
     assert line is not None
     assert words in line
@@ -34,6 +53,16 @@ def test_mistakes_have_one_line(error: BaseException, words: str) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("bad"), KeyError("x"), AssertionError()])
 def test_faults_are_no_mistakes(error: BaseException) -> None:
     assert user_mistake(error) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 the start of one"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (file := tmp_path / "checkpoint_final.pth").write_bytes(content)
+    with pytest.raises(Exception) as caught:
+        torch.load(file, weights_only=False)
+    line = user_mistake(caught.value)
+    assert line is not None
+    assert f"{file} cannot be read" in line
 
 
 PROGRAM = """
@@ -69,3 +98,42 @@ def test_other_programs_are_left_alone() -> None:
     done = outcome("my_program.py", "LightNetsError('say this')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def command(folder: Path, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of nnU-Net's that comes to ``code`` before it looks for a trainer, as nnUNetv2_predict may."""
+    (script := folder / "nnUNetv2_predict").write_text(code)
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+RAISE = "raise FileNotFoundError(2, 'No such file', '/some/file')"
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerLightMUNet", "nnUNetTrainerLightMUNetT_2epochs", "LightMUnet"])
+def test_a_command_that_names_our_trainer_reports_in_one_line_from_the_start(tmp_path: Path, trainer: str) -> None:
+    done = command(tmp_path, RAISE, "-d", "7", "-tr", trainer)
+    assert (done.returncode, done.stderr) == (2, "Error: /some/file does not exist\n")
+
+
+@pytest.mark.parametrize("arguments", [("-d", "7"), ("-tr", "nnUNetTrainer_5epochs"), ("-tr",)])
+def test_other_trainers_keep_nnunets_own_reports(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = command(tmp_path, RAISE, *arguments)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_the_traceback_can_be_asked_for(tmp_path: Path) -> None:
+    done = command(tmp_path, RAISE, "-tr", "nnUNetTrainerLightMUNet", NNUNET_LIGHTNETS_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_broken_module_in_a_folder_of_the_user_is_named_below_its_traceback(tmp_path: Path) -> None:
+    (theirs := tmp_path / "their folder").mkdir()
+    (theirs / "broken.py").write_text("raise RuntimeError('my own mistake')")
+    code = "import os, sys; sys.path.insert(0, os.environ['nnUNet_extTrainer'].split(os.pathsep)[0]); import broken"
+    done = command(tmp_path, code, "-tr", "nnUNetTrainerLightMUNet", nnUNet_extTrainer=str(theirs))
+    assert done.returncode == 1
+    assert "my own mistake" in done.stderr
+    assert f"comes from {theirs / 'broken.py'}: nnUNet_extTrainer names its folder" in done.stderr.splitlines()[-1]
