@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("nnunetv2_lightnets.demo", "the whole way on real MRI: plan, train, predict, evaluate, picture"),
     "doctor": ("nnunetv2_lightnets.doctor", "check this installation and say what is wrong and what to do"),
     "networks": ("nnunetv2_lightnets.benchmark.networks_table", "table of networks, trainers and true costs"),
+    "plan": ("nnunetv2_lightnets.plans.command", "plans whose patch, batch and strides fit one of our networks"),
     "weights": ("nnunetv2_lightnets.pretrained.cli", "download and check the ImageNet weights of Swin-UMamba"),
 }
 

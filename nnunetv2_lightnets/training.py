@@ -45,6 +45,13 @@ def strides_from_plan(
     return tuple(planned + [no_pooling] * (n_downsamplings - len(planned)))
 
 
+def _pooling(configuration: ConfigurationManager) -> Sequence[Sequence[int]]:
+    """Per-axis pooling of a plan, from the input's own resolution on; our planner writes it under a name of its own."""
+    own = configuration.network_arch_init_kwargs.get("network_strides")
+    pooling: Sequence[Sequence[int]] = configuration.pool_op_kernel_sizes
+    return pooling if own is None else [[1] * len(own[0]), *own]
+
+
 class LightNetsTrainer(nnUNetTrainer):
     """Base of all recipes.
 
@@ -107,8 +114,7 @@ class LightNetsTrainer(nnUNetTrainer):
         """
         architecture = dict(cls.network_kwargs)
         if cls.n_downsamplings is not None:
-            pooling = configuration_manager.pool_op_kernel_sizes
-            architecture["strides"] = strides_from_plan(pooling, cls.n_downsamplings)
+            architecture["strides"] = strides_from_plan(_pooling(configuration_manager), cls.n_downsamplings)
         network = create_network(
             cls.network_name,
             spatial_dims=len(configuration_manager.patch_size),

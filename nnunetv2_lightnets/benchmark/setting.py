@@ -52,6 +52,11 @@ class Setting:
         return tuple(int(n) for n in self._planned["patch_size"])
 
     @property
+    def data_identifier(self) -> str:
+        """Folder of the preprocessed data."""
+        return str(self._planned["data_identifier"])
+
+    @property
     def batch_size(self) -> int:
         """Patches of a training step."""
         return int(self._planned["batch_size"])
@@ -77,17 +82,22 @@ def dataset_setting(dataset: str, configuration: str, plans_name: str = PLANS) -
     Raises:
         LightNetsError: something of this is not there.
     """
-    folder = _dataset_folder(dataset)
+    folder = dataset_folder(dataset)
     remedy = f"plan it with nnUNetv2_plan_experiment -d {dataset}"
-    plans = _read(folder / f"{plans_name}.json", remedy)
-    dataset_json = _read(folder / "dataset.json", remedy)
+    plans = read_json(folder / f"{plans_name}.json", remedy)
+    dataset_json = read_json(folder / "dataset.json", remedy)
     if configuration not in plans.get("configurations", {}):
         have = ", ".join(plans.get("configurations", {}))
         raise LightNetsError(f"-c {configuration} is not in {plans_name} of {folder.name}, which have: {have}")
     return Setting(f"{folder.name}, {configuration}, {plans_name}", plans, dataset_json, configuration)
 
 
-def _dataset_folder(dataset: str) -> Path:
+def dataset_folder(dataset: str) -> Path:
+    """The folder of a planned data set, by its ID or name.
+
+    Raises:
+        LightNetsError: there is none, or no variable that says where to look.
+    """
     root = os.environ.get(_PREPROCESSED)
     if not root or not Path(root).is_dir():
         raise LightNetsError(f"{_PREPROCESSED} is not set to a folder, so -d {dataset} cannot be found; set it")
@@ -99,7 +109,12 @@ def _dataset_folder(dataset: str) -> Path:
     return found[0]
 
 
-def _read(file: Path, remedy: str) -> dict[str, Any]:
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        LightNetsError: there is none; the message ends with ``remedy``.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

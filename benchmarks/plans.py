@@ -1,0 +1,107 @@
+"""What the planner makes of data sets for each network: patch, batch size, estimated memory, and memory as measured.
+
+    nnUNet_preprocessed=FOLDER python benchmarks/plans.py [--memory GB] [--ids 504 505 508]
+
+The data sets must have been planned by nnU-Net (their plans are only read). Each case runs in a process of its own, as
+in training_memory.py. Rows are written one by one into ``benchmarks/results/plans.csv``; those there are not redone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from training_memory import ALLOCATOR, measured_memory
+
+from nnunetv2_lightnets.benchmark.setting import Setting, dataset_folder, read_json
+from nnunetv2_lightnets.benchmark.worker import find_trainer_class
+from nnunetv2_lightnets.networks import network_entry
+from nnunetv2_lightnets.plans.planner import Planner, plans_name
+
+RESULTS = Path(__file__).parent / "results" / "plans.csv"
+TRAINERS = (
+    "nnUNetTrainerLightMUNetT",
+    "nnUNetTrainerULite",
+    "nnUNetTrainerUltraLightUNet",
+    "nnUNetTrainerSwinUMambaDScratch",
+    "nnUNetTrainerSwinUMambaScratch",
+    "nnUNetTrainerLightMUNet",
+    "nnUNetTrainerLightMUNetS",
+    "nnUNetTrainerUltraLightUNetT",
+    "nnUNetTrainerUltraLightUNetL",
+    "nnUNetTrainerUltraLightUNetS",
+    "nnUNetTrainerUltraLightUNetM",
+)
+COLUMNS = (
+    "data set",
+    "configuration",
+    "trainer",
+    "memory_GB",
+    "nnU-Net's patch",
+    "nnU-Net's batch",
+    "patch",
+    "batch",
+    "estimated_MB",
+    "measured_MB",
+    "estimated_over_measured",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ids", nargs="+", default=["504", "505", "508"])
+    parser.add_argument("--memory", type=float, default=2.0)
+    parser.add_argument("--case", nargs=2, metavar=("ID", "TRAINER"))
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(case(*args.case, args.memory)))
+        return 0
+    done = set()
+    if RESULTS.exists():
+        with open(RESULTS, newline="", encoding="utf-8") as file:
+            done = {(row["data set"], row["trainer"]) for row in csv.DictReader(file)}
+    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not done:
+            table.writeheader()
+        for trainer in TRAINERS:
+            for dataset in args.ids:
+                if (dataset_folder(dataset).name, trainer) in done:
+                    continue
+                command = [sys.executable, __file__, "--memory", str(args.memory), "--case", dataset, trainer]
+                run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
+                row = json.loads(run.stdout.splitlines()[-1])
+                table.writerow(row)
+                file.flush()
+                print(*row.values(), sep="  ")
+    return 0
+
+
+def case(dataset: str, trainer: str, memory: float) -> dict[str, object]:
+    """Plan 3d_fullres where the data set and the network have it, else 2d, and train two steps so."""
+    torch.set_num_threads(1)
+    folder = dataset_folder(dataset)
+    base, dataset_json = (read_json(folder / name, "plan it") for name in ("nnUNetPlans.json", "dataset.json"))
+    trainer_class = find_trainer_class(trainer)
+    volumes = "3d_fullres" in base["configurations"] and 3 in network_entry(trainer_class.network_name).spatial_dims
+    configuration = "3d_fullres" if volumes else "2d"
+    before = Setting("", base, dataset_json, configuration)
+    planner = Planner(trainer_class, base, dataset_json, plans_name(trainer_class), memory)
+    (planned,) = planner.plan([configuration])
+    setting = Setting("", planner.plans, dataset_json, configuration)
+    measured = measured_memory(trainer, setting, planned.batch_size)
+    patches = [" x ".join(map(str, patch)) for patch in (before.patch, planned.patch)]
+    megabytes = [round(n / 2**20) for n in (planned.memory, measured)]
+    values = (folder.name, configuration, trainer, memory, patches[0], before.batch_size, patches[1])
+    ratio = round(planned.memory / measured, 2)
+    return dict(zip(COLUMNS, (*values, planned.batch_size, *megabytes, ratio), strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

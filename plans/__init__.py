@@ -1,0 +1,1 @@
+"""The planner: nnU-Net's plans made to fit our networks, and the papers' own settings."""

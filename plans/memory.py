@@ -1,0 +1,170 @@
+"""Training memory of a network, counted on fake tensors: shapes and lifetimes are real, nothing is computed.
+
+A whole training step is taken: forward pass, nnU-Net's loss at full resolution, backward pass, gradients, the
+optimizer's step. Whatever is alive at the worst moment counts: tensors saved for the backward pass, gradients passing
+through it, parameters, their gradients, the optimizer's state, the batch, the states that the selective scan keeps.
+
+Counted in float32, as networks train on a CPU. Under the mixed precision of a GPU most activations take half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nnunetv2_lightnets.benchmark.setting import Setting
+from nnunetv2_lightnets.benchmark.worker import Job, make_batch, make_trainer
+
+_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a training step takes.
+
+    Attributes:
+        fixed: parameters and the optimizer's state, whatever the patch.
+        step: the most that one step takes beside them: what is saved for the backward pass, gradients, the batch.
+        saved: the part of ``step`` that is saved for the backward pass.
+    """
+
+    fixed: int
+    step: int
+    saved: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.fixed + self.step
+
+
+def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int) -> TrainingMemory:
+    """Memory of one training step, counted without running it.
+
+    Args:
+        trainer_class: a trainer of ours, or nnU-Net's; its network, loss and optimizer are what is counted.
+        setting: plans with patch size and strides, and the data set's description.
+        batch_size: patches of a step.
+    """
+    job = Job(trainer_class.__name__, setting, batch_size, None, "cpu", None, 1.0, False)
+    with nnunet_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = make_trainer(trainer_class, job, folder, torch.device("cpu"))
+    mode, live = FakeTensorMode(), _LiveBytes()
+    _make_fake(trainer.network, mode)
+    with mode, live:
+        trainer.optimizer, _ = trainer.configure_optimizers()
+        for parameter in trainer.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()  # makes the state, as the first step of a training does
+        trainer.optimizer.zero_grad(set_to_none=True)
+        parameters = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
+        state = sum(t.untyped_storage().nbytes() for t in tree_leaves(trainer.optimizer.state) if torch.is_tensor(t))
+        batch = make_batch(trainer, job)
+        trainer.network.train()
+        outside = live.bytes - sum(t.untyped_storage().nbytes() for t in tree_leaves(batch))
+        live.start()
+        saved = _SavedBytes()
+        with saved:
+            loss = trainer.loss(trainer.network(batch["data"]), batch["target"])
+        loss.backward()
+        trainer.optimizer.step()
+    return TrainingMemory(fixed=parameters + state, step=live.peak - outside, saved=saved.bytes)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def start(self) -> None:
+        """Forget earlier peaks."""
+        self.peak = self.bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a number that steers the loss or the optimizer; fake tensors have none
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self.bytes -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of the storages saved for the backward pass, each once; parameters are among them."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes counted so far."""
+        return sum(self._sizes.values())
+
+
+def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace parameters and buffers by fake ones; the real ones are freed."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = mode.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+
+
+@contextlib.contextmanager
+def nnunet_folders() -> Iterator[Path]:
+    """Folders for what trainers write when they are made; nnU-Net reads where its folders are at each use."""
+    with tempfile.TemporaryDirectory(prefix="lightnets_plan_") as folder:
+        before = {name: os.environ.get(name) for name in _FOLDERS}
+        try:
+            for name in _FOLDERS:
+                os.environ[name] = str(Path(folder, name))
+                Path(folder, name).mkdir()
+            yield Path(folder)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
