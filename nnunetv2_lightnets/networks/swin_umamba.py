@@ -45,8 +45,9 @@ class ResidualBlock(nn.Module):
         """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W); H * W must exceed 1 in training."""
         out = F.leaky_relu(self.norm(self.conv1(x)), _SLOPE)
         out = self.norm(self.conv2(out))
-        shortcut = x if self.shortcut is None else self.norm(self.shortcut(x))
-        return F.leaky_relu(out + shortcut, _SLOPE)
+        out = out + (x if self.shortcut is None else self.norm(self.shortcut(x)))
+        # In place on the sum alone: an instance norm returns a view, whose gradient autograd would then copy.
+        return F.leaky_relu(out, _SLOPE, inplace=True)
 
 
 class UpBlock(nn.Module):
