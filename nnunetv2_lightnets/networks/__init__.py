@@ -7,6 +7,7 @@ from nnunetv2_lightnets.networks.swin_umamba import SwinUMamba
 from nnunetv2_lightnets.networks.swin_umamba_d import SwinUMambaD
 from nnunetv2_lightnets.networks.ulite import ULite
 from nnunetv2_lightnets.networks.ultralight_unet import UltraLightUNet
+from nnunetv2_lightnets.networks.umamba import UMambaBot, UMambaEnc
 
 __all__ = [
     "LightMUNet",
@@ -14,6 +15,8 @@ __all__ = [
     "SwinUMamba",
     "SwinUMambaD",
     "ULite",
+    "UMambaBot",
+    "UMambaEnc",
     "UltraLightUNet",
     "create_network",
     "list_networks",
