@@ -87,7 +87,8 @@ class Model:
         first = self.train("--npz", interrupt_at=latest)
         if first.code == 2 and not self.folder.exists():
             lines = [line for line in first.stderr.splitlines() if line.startswith("Error: ")]
-            if len(lines) == 1 and "Traceback" not in first.stderr:
+            # Any other mistake in one line, such as a missing data set, is this script's own.
+            if len(lines) == 1 and f"{self.trainer} cannot train" in lines[0] and "Traceback" not in first.stderr:
                 raise Refused(lines[0].removeprefix("Error: "))
         if not (latest.is_file() or self.checkpoint.is_file()):
             raise CellFailed(f"training: {last_line(first)}")
