@@ -112,7 +112,7 @@ class LightNetsTrainer(nnUNetTrainer):
 
         A network for prediction computes the same with fewer steps, where it knows how; its state dict is the same.
         """
-        architecture = dict(cls.network_kwargs)
+        architecture = {**cls.network_kwargs, **cls.planned_architecture(configuration_manager)}
         if cls.n_downsamplings is not None:
             architecture["strides"] = strides_from_plan(_pooling(configuration_manager), cls.n_downsamplings)
         network = create_network(
@@ -124,6 +124,11 @@ class LightNetsTrainer(nnUNetTrainer):
             **architecture,
         )
         return network if _building_for_training.get() else _for_prediction(network)
+
+    @classmethod
+    def planned_architecture(cls, configuration_manager: ConfigurationManager) -> dict[str, Any]:
+        """What a recipe's network takes from the plan beside strides, as keywords of the network; nothing here."""
+        return {}
 
     def initialize(self) -> None:
         """Build everything as nnU-Net does; the network is one that can be trained."""

@@ -27,6 +27,8 @@ TRAINERS = {
     "nnUNetTrainerSwinUMambaScratch": "swin_umamba",
     "nnUNetTrainerSwinUMambaD": "swin_umamba",
     "nnUNetTrainerSwinUMambaDScratch": "swin_umamba",
+    "nnUNetTrainerUMambaBot": "umamba",
+    "nnUNetTrainerUMambaEnc": "umamba",
 }
 
 _BUDGET = re.compile(r"_([1-9]\d*)(epochs|iters)")
