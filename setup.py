@@ -103,7 +103,7 @@ class BuildNative(_BuildCommand):
         missing = {kernel[0] for kernel, done in zip(kernels, built, strict=True) if not done}
         objects = [kernel[3] for kernel in kernels if kernel[0] not in missing]
         sets = " ".join(f"-DLN_{name.upper()}" for name in INSTRUCTION_SETS if name not in missing)
-        for source in ("dispatch.c", "threads.c"):
+        for source in ("dispatch.c", "threads.c", "memory.c"):
             objects.append(folder / f"{source}.o")
             self.compile(source, sets, objects[-1])
         library = folder / LIBRARY.name

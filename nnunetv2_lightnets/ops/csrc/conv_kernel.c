@@ -147,7 +147,7 @@ int NAME(conv_forward)(const ln_conv *c) {
 int NAME(conv_backward)(const ln_conv *c) {
     plan p = plan_of(c);
     const int64_t tasks = c->batch * p.spans, rows = c->channels * (c->width + 1);
-    p.partial_rows = malloc(sizeof(real) * (size_t)(tasks * rows) + 1);
+    p.partial_rows = ln_allocate(sizeof(real) * (size_t)(tasks * rows));
     if (!p.partial_rows) return LN_NO_MEMORY;
     const int status = ln_parallel(c->threads, tasks, sizeof(tiles), backward_task, &p);
     if (!status)

@@ -67,6 +67,9 @@ typedef struct {
 typedef void (*ln_task)(const void *context, int64_t task, void *scratch);
 int ln_parallel(int64_t threads, int64_t tasks, size_t scratch_bytes, ln_task task, const void *context);
 
+/* malloc for scratch of any size, aligned to 64 bytes at least. */
+void *ln_allocate(size_t bytes);
+
 /* Kernels of one instruction set. */
 typedef struct {
     const char *name;

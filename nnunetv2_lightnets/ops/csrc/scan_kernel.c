@@ -703,8 +703,8 @@ static int check_order(const ln_scan *s) {
 static int allocate_segments(plan *p) {
     const ln_scan *s = p->s;
     const size_t sums = (size_t)(s->batch * s->directions * p->segments * s->channels);
-    p->segment_dt = malloc(sizeof(real) * sums);
-    p->segment_states = malloc(sizeof(real) * sums * (size_t)s->states);
+    p->segment_dt = ln_allocate(sizeof(real) * sums);
+    p->segment_states = ln_allocate(sizeof(real) * sums * (size_t)s->states);
     return p->segment_dt && p->segment_states ? LN_OK : LN_NO_MEMORY;
 }
 
@@ -727,8 +727,8 @@ int NAME(scan_backward)(const ln_scan *s) {
     const size_t matrices = (size_t)(s->batch * outer_count(s) * s->length * s->states);
     const size_t rows = (size_t)(s->batch * p.segments * s->directions * s->channels * (s->states + 2));
     int status = check_order(s);
-    p.partial_rows = malloc(sizeof(real) * rows + 1);
-    p.partial_dBC = malloc(sizeof(real) * 2 * (size_t)(p.ranges - 1) * matrices + 1);
+    p.partial_rows = ln_allocate(sizeof(real) * rows);
+    p.partial_dBC = ln_allocate(sizeof(real) * 2 * (size_t)(p.ranges - 1) * matrices);
     if (!p.partial_rows || !p.partial_dBC) status = LN_NO_MEMORY;
     if (!status && p.segments > 1) {
         status = allocate_segments(&p);

@@ -50,8 +50,8 @@ static void work(void *argument) {
     for (;;) {
         const int64_t task = atomic_fetch_add(&t->next, 1);
         if (task >= t->tasks) break;
-        if (!scratch && posix_memalign(&scratch, 64, t->scratch_bytes)) {
-            scratch = NULL;
+        if (!scratch) scratch = ln_allocate(t->scratch_bytes);
+        if (!scratch) {
             atomic_store(&t->status, LN_NO_MEMORY);
             break;
         }

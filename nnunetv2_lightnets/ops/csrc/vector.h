@@ -52,16 +52,16 @@ INLINE void store_loose(void *p, vec x) { *(loose *)p = x; }
 
 /* C has no ?: on vectors. Lanes of a mask are all ones or all zeros, as comparisons give them. */
 #define pick(mask, yes, no) ((vec)(((vbits)(mask) & (vbits)(yes)) | (~(vbits)(mask) & (vbits)(no))))
-/* Both keep a NaN in x. */
-#if defined(__SSE2__)
-#include <immintrin.h>
-#if VECTOR_BYTES == 16
-#define X86(operation) LN_EXPAND(_mm, operation, X86_TYPE)
-#elif VECTOR_BYTES == 32
-#define X86(operation) LN_EXPAND(_mm256, operation, X86_TYPE)
-#else
+/* Both keep a NaN in x: x86's own instructions return the second operand where one is a NaN. */
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
 #define X86(operation) LN_EXPAND(_mm512, operation, X86_TYPE)
+#elif VECTOR_BYTES == 32 && defined(__AVX__)
+#define X86(operation) LN_EXPAND(_mm256, operation, X86_TYPE)
+#elif VECTOR_BYTES == 16 && defined(__SSE2__)
+#define X86(operation) LN_EXPAND(_mm, operation, X86_TYPE)
 #endif
+#ifdef X86
+#include <immintrin.h>
 INLINE vec at_least(vec x, vec low) { return X86(max)(low, x); }
 INLINE vec at_most(vec x, vec high) { return X86(min)(high, x); }
 #else

@@ -30,6 +30,8 @@ LIBRARY = Path(__file__).resolve().parent.parent / "liblightnets.so"
 INSTRUCTION_SET_VARIABLE = "NNUNET_LIGHTNETS_NATIVE_ISA"
 WIDEST_KERNEL = CHUNK + 1  # of the convolution: its tiles overlap by one chunk at most
 
+_WORTH_HUGE_PAGES = 4 << 20  # bytes; of less, an unaligned tensor may fill no huge page
+
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -90,6 +92,8 @@ def _load() -> ctypes.CDLL | str:
     library.ln_choose.argtypes = [ctypes.c_char_p]
     library.ln_use_openmp.argtypes = [ctypes.c_void_p]
     library.ln_use_openmp.restype = None
+    library.ln_use_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.ln_use_huge_pages.restype = None
     for name, struct in (("scan", _Scan), ("conv", _Conv)):
         for way in ("forward", "backward"):
             function = getattr(library, f"ln_{name}_{way}")
@@ -197,6 +201,8 @@ def _misshapen(
     batch, channels, length = u.shape
     directions = (delta.shape[1],) if delta.dim() == 4 else ()
     states = A.shape[-1] if A.dim() else 0
+    if states == 0:
+        return "A has no states"
     outer = directions[0] if directions else B.shape[1] if B.dim() == 4 else 0
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("delta", delta, (batch, *directions, channels, length)),
@@ -212,8 +218,6 @@ def _misshapen(
             return f"{name} has shape {tuple(tensor.shape)}, and it takes {shape}"
     if directions and z is not None:
         return "a directional scan has no gate z"
-    if states == 0:
-        return "A has no states"
     if outer == 0 or (not directions and channels % outer):
         return f"B has {outer} groups for {channels} channels"
     return None
@@ -227,6 +231,14 @@ def _describe(x: Tensor | None, outer: bool = False) -> _Tensor:
     if outer:
         return _Tensor(x.data_ptr(), *strides, _DTYPES[x.dtype])
     return _Tensor(x.data_ptr(), strides[0], 0, strides[1], strides[2], _DTYPES[x.dtype])
+
+
+def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A result in the memory layout of ``like``, in huge pages where the system has them."""
+    x = torch.empty_like(like, dtype=dtype)
+    if x.nbytes >= _WORTH_HUGE_PAGES:
+        _library().ln_use_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -307,7 +319,7 @@ class _Call:
         return self.batch * self.directions * n_chunks(self.length) * self.channels * self.states
 
     def forward(self, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-        out = torch.empty_like(self.u)
+        out = _new(self.u)
         states = torch.empty(self.checkpoints() if save_states else 0, dtype=self.dtype)
         last_state = torch.empty(self.batch, self.channels, self.states, dtype=self.dtype)
         arguments = self.arguments
@@ -333,10 +345,10 @@ class _Call:
         grad_out, states = _plain(grad_out), states.contiguous()
         grad_last_state = _parameter(grad_last_state, self.dtype)
         outer = self.order is not None
-        du, ddelta = torch.empty_like(self.u), torch.empty_like(self.delta)
-        dB, dC = torch.empty_like(self.B, dtype=self.dtype), torch.empty_like(self.C, dtype=self.dtype)
+        du, ddelta = _new(self.u), _new(self.delta)
+        dB, dC = _new(self.B, self.dtype), _new(self.C, self.dtype)
         dA = torch.empty_like(self.A) if self.A is not None else None
-        dz, dD, dbias = (None if x is None else torch.empty_like(x) for x in (self.z, self.D, self.delta_bias))
+        dz, dD, dbias = (None if x is None else _new(x) for x in (self.z, self.D, self.delta_bias))
         arguments = self.arguments
         arguments.grad_out = _describe(grad_out)
         arguments.last_state = _pointer(grad_last_state)
@@ -479,7 +491,7 @@ def causal_conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: 
     dense_weight, dense_bias = _parameter(weight, dtype), _parameter(bias, dtype)
     assert dense_weight is not None
     arguments = _conv(x, dense_weight, dense_bias, silu)
-    y = torch.empty_like(x)
+    y = _new(x)
     arguments.y = _describe(y)
     _check(library.ln_conv_forward(ctypes.byref(arguments), _DTYPES[dtype]))
     return y
@@ -510,7 +522,7 @@ def causal_conv1d_backward(
         refusal = f"grad_y has shape {tuple(grad_y.shape)}, and x has {tuple(x.shape)}"
     if refusal:
         raise LightNetsError(f"native causal_conv1d, backward: {refusal}")
-    dx, dweight = torch.empty_like(x), torch.empty_like(dense_weight)
+    dx, dweight = _new(x), torch.empty_like(dense_weight)
     dbias = None if dense_bias is None else torch.empty_like(dense_bias)
     arguments.grad_y, arguments.dx = _describe(grad_y), _describe(dx)
     arguments.dweight, arguments.dbias = _pointer(dweight), _pointer(dbias)
