@@ -1,0 +1,585 @@
+# mypy: ignore-errors
+# (The functions below are written in Triton's language, which only looks like Python to a type checker.)
+"""Triton kernels of the selective scan; ``triton_scan.py`` launches them and explains the passes.
+
+Names used throughout:
+
+* A *sequence* is one (image, direction) pair; the plain scan has one direction. A *segment* is a run of whole chunks of
+  a sequence.
+* A *program* is one warp. It walks one segment for one block of ``BLOCK_D`` channels of one group, with all ``N``
+  states of each (padded to ``BLOCK_N``, a power of two). The states, an (N, BLOCK_D) tile ``h``, stay in its registers.
+* Inputs per channel and token come as (BLOCK_D, tokens) tiles: whichever of the two axes is the contiguous one in
+  memory, a warp moves whole sectors, and the loads of a tile are in flight together.
+* ``rates`` holds A * log2(e), (directions, N, channels), so that a decay is one exp2.
+* ``order`` (directions, L), where given, holds the position in memory of each token; ``None``: tokens lie in order.
+* ``ACC`` is the compute dtype.
+
+Padding needs no special cases: tokens past the end have a step size of 0 (decay 1, input 0), padded states and
+channels have inputs and gradients of 0. Positions and channels are 64-bit where they enter an address.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(64)  # tokens between two checkpoints
+TILE = tl.constexpr(4)  # tokens per step of a walk; split_tokens and join_tokens are written for four
+TILES = tl.constexpr(16)  # tiles in a chunk
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Sizes that change from call to call and that no memory access is aligned by: one compilation serves all their values.
+SIZES = (
+    "directions", "groups", "blocks", "blocks_per_group", "parts", "length", "chunks",
+    "segments", "segment_tokens", "run", "runs",
+)  # fmt: skip
+
+
+@triton.jit
+def split_tokens(tile):
+    """Take a (rows, 4) tile apart into its four columns."""
+    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def join_tokens(first, second, third, fourth):
+    """Put four columns together into a (rows, 4) tile."""
+    pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.reshape(pairs, (first.shape[0], 4))
+
+
+@triton.jit
+def softplus(x, TERMS: tl.constexpr):
+    """log(1 + exp(x)), x itself beyond 20 as in torch, with full relative accuracy for very negative x.
+
+    log(1 + e) = 2 artanh(e / (2 + e)) as a series, for e = exp(-abs(x)) <= 1: the hardware's logarithm is good to
+    2**-22 absolutely, which would leave a step size of 0.001 with only three digits.
+    """
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    s2 = s * s
+    series = tl.zeros_like(s)
+    for i in tl.static_range(TERMS):
+        series = series * s2 + 1.0 / (2 * (TERMS - 1 - i) + 1)
+    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + 2.0 * s * series)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def positions(order_row, t, length):
+    """Positions in memory (64-bit) of the tokens t."""
+    if order_row is None:  # noqa: SIM108 (Triton compiles only the branch that is taken here)
+        place = tl.cast(t, tl.int64)
+    else:
+        place = tl.load(order_row + t, mask=t < length, other=0).to(tl.int64)
+    return place
+
+
+@triton.jit
+def load_tile(rows, place, stride_l, real, ACC: tl.constexpr):
+    """A (BLOCK_D, tokens) tile of u, delta, z or an output's gradient; 0 where not real."""
+    return tl.load(rows[:, None] + (place * stride_l)[None, :], mask=real, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_tile(rows, place, stride_l, tile, real):
+    """Write a (BLOCK_D, tokens) tile in the dtype of the memory."""
+    tl.store(rows[:, None] + (place * stride_l)[None, :], tile.to(rows.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def load_vector(rows, order_row, t, length, stride_l, n_real, ACC: tl.constexpr):
+    """B or C of token t, (N,); 0 past the end."""
+    place = positions(order_row, t, length)
+    return tl.load(rows + place * stride_l, mask=n_real & (t < length), other=0.0).to(ACC)
+
+
+@triton.jit
+def step_sizes(delta_tile, bias, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, real):
+    """Step sizes of a (BLOCK_D, tokens) tile before and after softplus; 0 where not real."""
+    raw = delta_tile
+    if bias is not None:
+        raw += bias[:, None]
+    dt = raw
+    if SOFTPLUS:
+        dt = softplus(raw, TERMS)
+    return raw, tl.where(real, dt, 0.0)
+
+
+@triton.jit
+def advance(h, a, dt, x, b):
+    """One token: h[t] = exp(dt A) h[t - 1] + dt u B, for x = dt u and dt (BLOCK_D,), b (N,)."""
+    return tl.exp2(a * dt[None, :]) * h + b[:, None] * x[None, :]
+
+
+@triton.jit
+def retreat(carry, a, dt, dy, c):
+    """One token backwards: the adjoint of h[t - 1], given ``carry``, what the tokens after t ask of h[t]."""
+    return tl.exp2(a * dt[None, :]) * (carry + c[:, None] * dy[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def segment_ends_kernel(
+    u, delta, rates, b, bias, order,  # read
+    ends, dt_sums,  # written
+    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l,
+    directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Forward, pass 1: each segment's end state when it starts from zero, and the sum of its step sizes."""
+    # Channel blocks run fastest, so that programs that share B and C run at the same time.
+    program = tl.program_id(0)
+    block = program % blocks
+    segment = (program // blocks) % segments
+    sequence = (program // (blocks * segments)).to(tl.int64)
+    group = block // blocks_per_group
+    in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (group * channels_per_group + in_group).to(tl.int64)
+    d_real = in_group < channels_per_group
+    batch = sequence // directions
+    k = sequence % directions
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    n_real = n < N
+    nd = n[:, None] * channels + d[None, :]
+    nd_real = n_real[:, None] & d_real[None, :]
+    a = tl.load(rates + k * N * channels + nd, mask=nd_real, other=0.0)
+    order_row = order
+    if order is not None:
+        order_row = order + k * length
+    step_bias = bias
+    if bias is not None:
+        step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+    u_rows = u + batch * u_batch + d * u_d
+    delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
+    b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
+
+    h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dt_sum = tl.zeros((BLOCK_D, TILE), ACC)
+    first = segment * segment_tokens
+    for t0 in range(first, tl.minimum(first + segment_tokens, length), TILE):
+        t = t0 + tl.arange(0, TILE)
+        place = positions(order_row, t, length)
+        real = d_real[:, None] & (t < length)[None, :]
+        delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
+        u_tile = load_tile(u_rows, place, u_l, real, ACC)
+        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+        dt_sum += dt
+        dt0, dt1, dt2, dt3 = split_tokens(dt)
+        x0, x1, x2, x3 = split_tokens(dt * u_tile)
+        b0 = load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC)
+        b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC)
+        b2 = load_vector(b_rows, order_row, t0 + 2, length, b_l, n_real, ACC)
+        b3 = load_vector(b_rows, order_row, t0 + 3, length, b_l, n_real, ACC)
+        h = advance(h, a, dt0, x0, b0)
+        h = advance(h, a, dt1, x1, b1)
+        h = advance(h, a, dt2, x2, b2)
+        h = advance(h, a, dt3, x3, b3)
+
+    row = sequence * segments + segment
+    tl.store(ends + row * N * channels + nd, h, mask=nd_real)
+    tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    u, delta, rates, b, c, skip, z, bias, order, starts,  # read
+    out, states, last_state,  # written
+    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l, c_batch, c_row, c_n, c_l,
+    z_batch, z_d, z_l, out_batch, out_k, out_d, out_l,
+    directions, channels, channels_per_group, blocks, blocks_per_group, length, chunks, segments, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Forward, pass 3: outputs, checkpoints and last state of each segment from its start state."""
+    # Channel blocks run fastest, so that programs that share B and C run at the same time.
+    program = tl.program_id(0)
+    block = program % blocks
+    segment = (program // blocks) % segments
+    sequence = (program // (blocks * segments)).to(tl.int64)
+    group = block // blocks_per_group
+    in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (group * channels_per_group + in_group).to(tl.int64)
+    d_real = in_group < channels_per_group
+    batch = sequence // directions
+    k = sequence % directions
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    n_real = n < N
+    nd = n[:, None] * channels + d[None, :]
+    nd_real = n_real[:, None] & d_real[None, :]
+    a = tl.load(rates + k * N * channels + nd, mask=nd_real, other=0.0)
+    order_row = order
+    if order is not None:
+        order_row = order + k * length
+    step_bias = bias
+    if bias is not None:
+        step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+    if skip is not None:
+        skip_d = tl.load(skip + k * channels + d, mask=d_real, other=0.0)
+    u_rows = u + batch * u_batch + d * u_d
+    delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
+    b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
+    c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
+    out_rows = out + batch * out_batch + k * out_k + d * out_d
+    if z is not None:
+        z_rows = z + batch * z_batch + d * z_d
+
+    if starts is None:
+        h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    else:
+        h = tl.load(starts + (sequence * segments + segment) * N * channels + nd, mask=nd_real, other=0.0)
+    first = segment * segment_tokens
+    end = tl.minimum(first + segment_tokens, length)
+    for chunk_start in range(first, end, CHUNK):
+        if states is not None:
+            tl.store(states + (sequence * chunks + chunk_start // CHUNK) * N * channels + nd, h, mask=nd_real)
+        for t0 in range(chunk_start, tl.minimum(chunk_start + CHUNK, end), TILE):
+            t = t0 + tl.arange(0, TILE)
+            place = positions(order_row, t, length)
+            real = d_real[:, None] & (t < length)[None, :]
+            delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
+            u_tile = load_tile(u_rows, place, u_l, real, ACC)
+            _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+            dt0, dt1, dt2, dt3 = split_tokens(dt)
+            x0, x1, x2, x3 = split_tokens(dt * u_tile)
+            h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC))
+            y0 = tl.sum(h * load_vector(c_rows, order_row, t0, length, c_l, n_real, ACC)[:, None], 0)
+            h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC))
+            y1 = tl.sum(h * load_vector(c_rows, order_row, t0 + 1, length, c_l, n_real, ACC)[:, None], 0)
+            h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_real, ACC))
+            y2 = tl.sum(h * load_vector(c_rows, order_row, t0 + 2, length, c_l, n_real, ACC)[:, None], 0)
+            h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_real, ACC))
+            y3 = tl.sum(h * load_vector(c_rows, order_row, t0 + 3, length, c_l, n_real, ACC)[:, None], 0)
+            y = join_tokens(y0, y1, y2, y3)
+            if skip is not None:
+                y += skip_d[:, None] * u_tile
+            if z is not None:
+                gate = load_tile(z_rows, place, z_l, real, ACC)
+                y *= gate * sigmoid(gate)
+            store_tile(out_rows, place, out_l, y, real)
+
+    if last_state is not None and end == length:
+        last = last_state + (sequence * channels + d[None, :]) * N + n[:, None]
+        tl.store(last, h, mask=nd_real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def carry_kernel(
+    ends, dt_sums, rates, first_states,  # read
+    starts, group_ends, group_dt_sums,  # written
+    directions, channels, segments, run, runs, REVERSE: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Pass 2: the state with which each segment starts, from all segments' end states and step size sums.
+
+    A program walks one run of ``run`` consecutive segments, from the last to the first where ``REVERSE`` (the adjoint
+    state flows that way). It writes the start states, or, where ``group_ends`` is given, the run's own end state and
+    step size sum: many segments are first reduced to runs, which are scanned the same way.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(channels, BLOCK_D)
+    d = ((program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    d_real = d < channels
+    this_run = (program // blocks) % runs
+    sequence = (program // (blocks * runs)).to(tl.int64)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    n_real = n < N
+    nd = n[:, None] * channels + d[None, :]
+    nd_real = n_real[:, None] & d_real[None, :]
+    a = tl.load(rates + (sequence % directions) * N * channels + nd, mask=nd_real, other=0.0)
+    if first_states is None:
+        h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    else:
+        h = tl.load(first_states + (sequence * runs + this_run) * N * channels + nd, mask=nd_real, other=0.0)
+    dt_sum = tl.zeros((BLOCK_D,), ACC)
+    first = this_run * run
+    count = tl.minimum(run, segments - first)
+    for i in range(count):
+        segment = first + i
+        if REVERSE:
+            segment = first + count - 1 - i
+        row = sequence * segments + segment
+        dt = tl.load(dt_sums + row * channels + d, mask=d_real, other=0.0)
+        if starts is not None:
+            tl.store(starts + row * N * channels + nd, h, mask=nd_real)
+        h = tl.exp2(a * dt[None, :]) * h + tl.load(ends + row * N * channels + nd, mask=nd_real, other=0.0)
+        dt_sum += dt
+    if group_ends is not None:
+        row = sequence * runs + this_run
+        tl.store(group_ends + row * N * channels + nd, h, mask=nd_real)
+        tl.store(group_dt_sums + row * channels + d, dt_sum, mask=d_real)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def adjoint_ends_kernel(
+    grad_out, delta, rates, c, z, bias, order,  # read
+    ends, dt_sums,  # written
+    grad_batch, grad_d, grad_l, delta_batch, delta_k, delta_d, delta_l, c_batch, c_row, c_n, c_l, z_batch, z_d, z_l,
+    directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Backward, pass 1: the adjoint state that each segment hands to the one before it when it receives zero."""
+    # Channel blocks run fastest, so that programs that share B and C run at the same time.
+    program = tl.program_id(0)
+    block = program % blocks
+    segment = (program // blocks) % segments
+    sequence = (program // (blocks * segments)).to(tl.int64)
+    group = block // blocks_per_group
+    in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (group * channels_per_group + in_group).to(tl.int64)
+    d_real = in_group < channels_per_group
+    batch = sequence // directions
+    k = sequence % directions
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    n_real = n < N
+    nd = n[:, None] * channels + d[None, :]
+    nd_real = n_real[:, None] & d_real[None, :]
+    a = tl.load(rates + k * N * channels + nd, mask=nd_real, other=0.0)
+    order_row = order
+    if order is not None:
+        order_row = order + k * length
+    step_bias = bias
+    if bias is not None:
+        step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+    grad_rows = grad_out + batch * grad_batch + d * grad_d
+    delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
+    c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
+    if z is not None:
+        z_rows = z + batch * z_batch + d * z_d
+
+    carry = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dt_sum = tl.zeros((BLOCK_D, TILE), ACC)
+    first = segment * segment_tokens
+    tiles = tl.cdiv(tl.minimum(segment_tokens, length - first), TILE)
+    for i in range(tiles):
+        t0 = first + (tiles - 1 - i) * TILE
+        t = t0 + tl.arange(0, TILE)
+        place = positions(order_row, t, length)
+        real = d_real[:, None] & (t < length)[None, :]
+        delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
+        dy = load_tile(grad_rows, place, grad_l, real, ACC)
+        if z is not None:
+            gate = load_tile(z_rows, place, z_l, real, ACC)
+            dy *= gate * sigmoid(gate)
+        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+        dt_sum += dt
+        dt0, dt1, dt2, dt3 = split_tokens(dt)
+        dy0, dy1, dy2, dy3 = split_tokens(dy)
+        c0 = load_vector(c_rows, order_row, t0, length, c_l, n_real, ACC)
+        c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_real, ACC)
+        c2 = load_vector(c_rows, order_row, t0 + 2, length, c_l, n_real, ACC)
+        c3 = load_vector(c_rows, order_row, t0 + 3, length, c_l, n_real, ACC)
+        carry = retreat(carry, a, dt3, dy3, c3)
+        carry = retreat(carry, a, dt2, dy2, c2)
+        carry = retreat(carry, a, dt1, dy1, c1)
+        carry = retreat(carry, a, dt0, dy0, c0)
+
+    row = sequence * segments + segment
+    tl.store(ends + row * N * channels + nd, carry, mask=nd_real)
+    tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_real)
+
+
+@triton.jit
+def token_gradients(carry, da, a, decay, previous, dt, u, dy, b, c):
+    """Gradients of one token, given ``carry``, what the tokens after it ask of h[t].
+
+    ``previous`` is h[t - 1], ``decay`` exp(dt A). Returns what h[t - 1] is asked for, the sum for dA, and the token's
+    dB (N,), du without the skip connection, and d(dt) (BLOCK_D,).
+    """
+    g = carry + c[:, None] * dy[None, :]  # adjoint of h[t]
+    db = tl.sum(g * (dt * u)[None, :], 1)
+    dx = tl.sum(g * b[:, None], 0)  # adjoint of x[t] = dt u
+    carry = g * decay
+    exponent = carry * previous  # adjoint of dt A
+    ddt = u * dx + LN2 * tl.sum(exponent * a, 0)
+    return carry, da + exponent * dt[None, :], db, dt * dx, ddt
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    grad_out, u, delta, rates, b, c, skip, z, bias, order, states,  # read
+    carries, scratch,  # read and written
+    du, ddelta, db, dc, dz, da, dskip, dbias,  # written; da, dskip, dbias added to
+    grad_batch, grad_d, grad_l, u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l,
+    b_batch, b_row, b_n, b_l, c_batch, c_row, c_n, c_l, z_batch, z_d, z_l,
+    du_batch, du_k, du_d, du_l, ddelta_batch, ddelta_k, ddelta_d, ddelta_l,
+    db_part, db_batch, db_row, db_n, db_l, dc_part, dc_batch, dc_row, dc_n, dc_l, dz_batch, dz_d, dz_l,
+    directions, channels, channels_per_group, groups, blocks_per_group, parts, length, chunks, segments, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Backward, pass 3: all gradients of each segment, chunk by chunk from its end.
+
+    A program takes every ``parts``-th channel block of a group, one after the other within each chunk, and adds up dB
+    and dC over them in memory that only it touches: db and dc have one copy for each of the ``parts``. Between chunks,
+    the adjoint states wait in ``carries`` (sequence, segment, N, channels), which start as pass 2 left them.
+
+    For each block, the chunk is first walked forwards from its checkpoint, to put the state at the start of each tile
+    into ``scratch`` (one chunk's worth per program), then backwards. There, two tokens are handled at a time: what four
+    need at once does not fit into the registers.
+    """
+    program = tl.program_id(0)
+    part = program % parts
+    group = (program // parts) % groups
+    segment = (program // (parts * groups)) % segments
+    sequence = (program // (parts * groups * segments)).to(tl.int64)
+    batch = sequence // directions
+    k = sequence % directions
+    row = sequence * segments + segment
+    n = tl.arange(0, BLOCK_N)
+    n_real = n < N
+    order_row = order
+    if order is not None:
+        order_row = order + k * length
+    b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
+    c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
+    db_rows = db + part * db_part + batch * db_batch + (k + group) * db_row + n * db_n
+    dc_rows = dc + part * dc_part + batch * dc_batch + (k + group) * dc_row + n * dc_n
+    own = scratch + program.to(tl.int64) * (TILES * BLOCK_N * BLOCK_D)
+    own += (tl.arange(0, BLOCK_N) * BLOCK_D)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+    first = segment * segment_tokens
+    segment_chunks = tl.cdiv(tl.minimum(segment_tokens, length - first), CHUNK)
+    for chunk_back in range(segment_chunks):
+        chunk_start = first + (segment_chunks - 1 - chunk_back) * CHUNK
+        tiles = tl.cdiv(tl.minimum(CHUNK, length - chunk_start), TILE)
+        for block in range(part, blocks_per_group, parts):
+            in_group = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            d = (group * channels_per_group + in_group).to(tl.int64)
+            d_real = in_group < channels_per_group
+            nd = n[:, None] * channels + (in_group - block * BLOCK_D)[None, :]
+            first_d = (group * channels_per_group + block * BLOCK_D).to(tl.int64)
+            nd_real = n_real[:, None] & d_real[None, :]
+            a = tl.load(rates + k * N * channels + first_d + nd, mask=nd_real, other=0.0)
+            step_bias = bias
+            if bias is not None:
+                step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+            if skip is not None:
+                skip_d = tl.load(skip + k * channels + d, mask=d_real, other=0.0)
+            grad_rows = grad_out + batch * grad_batch + d * grad_d
+            u_rows = u + batch * u_batch + d * u_d
+            delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
+            du_rows = du + batch * du_batch + k * du_k + d * du_d
+            ddelta_rows = ddelta + batch * ddelta_batch + k * ddelta_k + d * ddelta_d
+            if z is not None:
+                z_rows = z + batch * z_batch + d * z_d
+                dz_rows = dz + batch * dz_batch + d * dz_d
+
+            checkpoint = (sequence * chunks + chunk_start // CHUNK) * N * channels
+            h = tl.load(states + checkpoint + first_d + nd, mask=nd_real, other=0.0)
+            tl.store(own, h)
+            for i in range(1, tiles):
+                t0 = chunk_start + (i - 1) * TILE  # whole tiles: only the last one can be short
+                t = t0 + tl.arange(0, TILE)
+                place = positions(order_row, t, length)
+                real = d_real[:, None] & (t < length)[None, :]
+                u_tile = load_tile(u_rows, place, u_l, real, ACC)
+                delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
+                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+                dt0, dt1, dt2, dt3 = split_tokens(dt)
+                x0, x1, x2, x3 = split_tokens(dt * u_tile)
+                h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC))
+                h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC))
+                h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_real, ACC))
+                h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_real, ACC))
+                tl.store(own + i * (BLOCK_N * BLOCK_D), h)
+            tl.debug_barrier()  # one lane may read what another has written
+
+            carry = tl.load(carries + row * N * channels + first_d + nd, mask=nd_real, other=0.0)
+            da_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+            dskip_sum = tl.zeros((BLOCK_D, 2), ACC)
+            dbias_sum = tl.zeros((BLOCK_D, 2), ACC)
+            for tile_back in range(tiles):
+                i = tiles - 1 - tile_back
+                tile_start = tl.load(own + i * (BLOCK_N * BLOCK_D))
+                t0 = chunk_start + i * TILE
+                t = t0 + tl.arange(0, 2)
+                place = positions(order_row, t, length)
+                real = d_real[:, None] & (t < length)[None, :]
+                u_tile = load_tile(u_rows, place, u_l, real, ACC)
+                delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
+                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+                dt0, dt1 = tl.split(dt)
+                x0, x1 = tl.split(dt * u_tile)
+                b0 = load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC)
+                b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC)
+                tile_middle = advance(advance(tile_start, a, dt0, x0, b0), a, dt1, x1, b1)
+
+                h0 = tile_middle
+                for half in range(2):
+                    t0 = chunk_start + i * TILE + 2 - 2 * half
+                    t = t0 + tl.arange(0, 2)
+                    place = positions(order_row, t, length)
+                    real = d_real[:, None] & (t < length)[None, :]
+                    part_real = n_real[:, None] & (t < length)[None, :]
+                    sum_real = part_real & (block > part)  # the first block starts the sums
+                    db_place = db_rows[:, None] + (place * db_l)[None, :]
+                    dc_place = dc_rows[:, None] + (place * dc_l)[None, :]
+                    db_sum = tl.load(db_place, mask=sum_real, other=0.0)
+                    dc_sum = tl.load(dc_place, mask=sum_real, other=0.0)
+                    delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
+                    u_tile = load_tile(u_rows, place, u_l, real, ACC)
+                    dy = load_tile(grad_rows, place, grad_l, real, ACC)
+                    if z is not None:
+                        gate = load_tile(z_rows, place, z_l, real, ACC)
+                        gate_sigmoid = sigmoid(gate)
+                        dgate = dy * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
+                        dy *= gate * gate_sigmoid
+                    raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+                    dt0, dt1 = tl.split(dt)
+                    u0, u1 = tl.split(u_tile)
+                    dy0, dy1 = tl.split(dy)
+                    b0 = load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC)
+                    b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC)
+                    c0 = load_vector(c_rows, order_row, t0, length, c_l, n_real, ACC)
+                    c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_real, ACC)
+                    decay0 = tl.exp2(a * dt0[None, :])
+                    decay1 = tl.exp2(a * dt1[None, :])
+                    h1 = decay0 * h0 + b0[:, None] * (dt0 * u0)[None, :]
+                    h2 = decay1 * h1 + b1[:, None] * (dt1 * u1)[None, :]
+                    dc_tile = tl.join(tl.sum(h1 * dy0[None, :], 1), tl.sum(h2 * dy1[None, :], 1))
+                    tl.store(dc_place, dc_sum + dc_tile, mask=part_real)
+                    if z is not None:
+                        y = tl.join(tl.sum(h1 * c0[:, None], 0), tl.sum(h2 * c1[:, None], 0))
+                        if skip is not None:
+                            y += skip_d[:, None] * u_tile
+                        store_tile(dz_rows, place, dz_l, dgate * y, real)
+
+                    carry, da_sum, db1, du1, ddt1 = token_gradients(carry, da_sum, a, decay1, h1, dt1, u1, dy1, b1, c1)
+                    carry, da_sum, db0, du0, ddt0 = token_gradients(carry, da_sum, a, decay0, h0, dt0, u0, dy0, b0, c0)
+                    tl.store(db_place, db_sum + tl.join(db0, db1), mask=part_real)
+                    ddt = tl.join(ddt0, ddt1)
+                    if SOFTPLUS:
+                        ddt = tl.where(raw > 20.0, ddt, ddt * sigmoid(raw))
+                    if bias is not None:
+                        dbias_sum += tl.where(real, ddt, 0.0)
+                    store_tile(ddelta_rows, place, ddelta_l, ddt, real)
+                    du_tile = tl.join(du0, du1)
+                    if skip is not None:
+                        du_tile += skip_d[:, None] * dy
+                        dskip_sum += dy * u_tile
+                    store_tile(du_rows, place, du_l, du_tile, real)
+                    h0 = tile_start
+
+            tl.store(carries + row * N * channels + first_d + nd, carry, mask=nd_real)
+            da_place = da + row * N * channels + first_d + nd
+            tl.store(da_place, tl.load(da_place, mask=nd_real, other=0.0) + da_sum, mask=nd_real)
+            if skip is not None:
+                dskip_place = dskip + row * channels + d
+                dskip_d = tl.load(dskip_place, mask=d_real, other=0.0) + tl.sum(dskip_sum, 1)
+                tl.store(dskip_place, dskip_d, mask=d_real)
+            if bias is not None:
+                dbias_place = dbias + row * channels + d
+                dbias_d = tl.load(dbias_place, mask=d_real, other=0.0) + tl.sum(dbias_sum, 1)
+                tl.store(dbias_place, dbias_d, mask=d_real)
+            tl.debug_barrier()  # the next block, or chunk, reads and overwrites what this one has written

@@ -1,0 +1,313 @@
+"""Runs Triton in a process of its own, one JSON request per line: test_triton_values.py and test_triton_compile.py.
+
+Whether kernels are compiled or interpreted (TRITON_INTERPRET) is settled when Triton is imported, and other tests
+import it, too: hence the process. A request names a function below and its arguments; the answer is its result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_lightnets.ops.selective_scan import reference, triton_scan
+
+torch.set_num_threads(1)
+GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias")
+
+
+# --------------------------------------------------------------------------------------------------- inputs of a scan
+
+
+def _tokens(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> Tensor:
+    """Random (..., rows, L) whose rows are neighbours in memory ("channels"), or whose tokens are ("tokens").
+
+    "slices": rows are neighbours, but tokens are further apart than rows, and every image starts a row later.
+    """
+    *outer, rows, length = shape
+    if layout == "tokens":
+        return torch.randn(shape, dtype=dtype, device=device)
+    wider = rows + 3 if layout == "slices" else rows
+    wide = torch.randn((*outer, length, wider), dtype=dtype, device=device)
+    return wide[..., wider - rows :].transpose(-1, -2)
+
+
+def plain_scan(
+    batch: int,
+    channels: int,
+    length: int,
+    states: int,
+    *,
+    groups: int = 1,
+    dtype: str = "float64",
+    layout: str = "channels",
+    D: bool = True,
+    z: bool = True,
+    bias: bool = True,
+    softplus: bool = True,
+    device: str = "cpu",
+) -> tuple[Any, ...]:
+    """Arguments of a backend's ``forward`` up to ``delta_softplus``."""
+    kind = getattr(torch, dtype)
+    compute = torch.float64 if kind == torch.float64 else torch.float32
+    u, delta, gate = (_tokens((batch, channels, length), kind, layout, device) for _ in range(3))
+    B, C = (_tokens((batch, groups, states, length), kind, layout, device) for _ in range(2))
+    A = -2 * torch.rand(channels, states, dtype=compute, device=device)
+    skip, delta_bias = torch.randn(2, channels, dtype=compute, device=device)
+    if not softplus:
+        delta = delta.abs()  # scans grow without bounds where step sizes are negative
+        delta_bias = delta_bias.abs()
+    return u, delta, A, B, C, skip if D else None, gate if z else None, delta_bias if bias else None, softplus
+
+
+def directional(
+    batch: int,
+    channels: int,
+    length: int,
+    states: int,
+    *,
+    directions: int = 2,
+    dtype: str = "float64",
+    layout: str = "channels",
+    D: bool = True,
+    bias: bool = True,
+    softplus: bool = True,
+    device: str = "cpu",
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of a backend's ``directional_forward`` up to ``delta_softplus``, and ``order``."""
+    kind = getattr(torch, dtype)
+    compute = torch.float64 if kind == torch.float64 else torch.float32
+    u = _tokens((batch, channels, length), kind, layout, device)
+    delta = _tokens((batch, directions, channels, length), kind, layout, device)
+    B, C = (_tokens((batch, directions, states, length), kind, layout, device) for _ in range(2))
+    A = -2 * torch.rand(directions, channels, states, dtype=compute, device=device)
+    skip, delta_bias = torch.randn(2, directions, channels, dtype=compute, device=device)
+    order = torch.stack([torch.randperm(length, dtype=torch.int32) for _ in range(directions)]).to(device)
+    return (u, delta, A, B, C, skip if D else None, delta_bias if bias else None, softplus), order
+
+
+# ------------------------------------------------------------------------------------------------- interpreted kernels
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """Largest error, relative to the largest value."""
+    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
+
+
+def _double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.double() if isinstance(x, Tensor) else x for x in arguments)
+
+
+def _settings(programs: int, run: int) -> None:
+    """How many programs to cut a scan into, and how many segments pass 2 takes at once."""
+    triton_scan._FORWARD_PROGRAMS = triton_scan._BACKWARD_PROGRAMS = programs
+    triton_scan._RUN = run
+
+
+def plain_errors(*, programs: int = 16, run: int = 32, last_state: bool = True, **case: Any) -> dict[str, float]:
+    """Errors of all results against the reference in float64; checks dtypes and layouts on the way."""
+    _settings(programs, run)
+    torch.manual_seed(0)
+    scan = plain_scan(**case)
+    wanted = reference.forward(*_double(scan), True)
+    found = triton_scan.forward(*scan, True)
+    u = scan[0]
+    assert found[0].dtype == u.dtype and found[0].stride() == torch.empty_like(u).stride()
+    errors = {name: _error(x, y) for name, x, y in zip(("out", "last_state", "states"), found, wanted, strict=True)}
+    unsaved = triton_scan.forward(*scan, False)
+    assert torch.equal(unsaved[0], found[0]) and torch.equal(unsaved[1], found[1]) and unsaved[2].numel() == 0
+
+    grad_out = _tokens(tuple(u.shape), u.dtype, "tokens", "cpu")
+    grad_last = torch.randn_like(found[1]) if last_state else None
+    incoming = (grad_out.double(), grad_last if grad_last is None else grad_last.double())
+    wanted_gradients = reference.backward(*incoming, *_double(scan), wanted[2])
+    gradients = triton_scan.backward(grad_out, grad_last, *scan, found[2])
+    return errors | _gradient_errors(GRADIENTS, gradients, wanted_gradients, scan)
+
+
+def directional_errors(*, programs: int = 16, run: int = 32, **case: Any) -> dict[str, float]:
+    """Errors of all results against the reference in float64; checks dtypes and layouts on the way."""
+    _settings(programs, run)
+    torch.manual_seed(0)
+    scan, order = directional(**case)
+    wanted = reference.directional_forward(*_double(scan), order, True)
+    found = triton_scan.directional_forward(*scan, order, True)
+    u = scan[0]
+    assert found[0].dtype == u.dtype and found[0].stride() == torch.empty_like(u).stride()
+    errors = {name: _error(x, y) for name, x, y in zip(("out", "states"), found, wanted, strict=True)}
+
+    grad_y = _tokens(tuple(u.shape), u.dtype, "channels", "cpu")
+    wanted_gradients = reference.directional_backward(grad_y.double(), *_double(scan), order, wanted[1])
+    gradients = triton_scan.directional_backward(grad_y, *scan, order, found[1])
+    names = tuple(name for name in GRADIENTS if name != "dz")
+    return errors | _gradient_errors(names, gradients, wanted_gradients, scan)
+
+
+def _gradient_errors(
+    names: tuple[str, ...], found: tuple[Any, ...], wanted: tuple[Any, ...], scan: tuple[Any, ...]
+) -> dict[str, float]:
+    errors = {}
+    for name, x, y, argument in zip(names, found, wanted, scan, strict=False):
+        assert (x is None) == (argument is None), name
+        if x is not None:
+            assert x.dtype == argument.dtype and x.shape == argument.shape, name
+            errors[name] = _error(x, y)
+    return errors
+
+
+def start_errors(segments: int, reverse: bool, given: bool) -> float:
+    """Error of pass 2 alone, over more segments than a tiny scan has, against the recurrence written out."""
+    _settings(16, 32)
+    torch.manual_seed(0)
+    u, delta, A, B, C, *_ = plain_scan(2, 3, 1, 5)
+    scan = triton_scan._plain(u, delta, A, B, C, None, None, None, False)
+    ends, dt_sums = torch.randn(2, segments, 5, 3).double(), torch.rand(2, segments, 3).double()
+    first = torch.randn(2, 1, 5, 3).double() if given else None
+    found = triton_scan._starts(scan, ends, dt_sums, first, reverse)
+    state = torch.zeros(2, 5, 3).double() if first is None else first[:, 0]
+    wanted = torch.empty_like(ends)
+    for segment in reversed(range(segments)) if reverse else range(segments):
+        wanted[:, segment] = state
+        state = torch.exp(A.T * dt_sums[:, segment, None]) * state + ends[:, segment]
+    return _error(found, wanted)
+
+
+def softplus_errors(inputs: list[float]) -> dict[str, list[float]]:
+    """Relative errors of the kernels' softplus, found from the state after one token of u = 1, B = 1."""
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        delta = torch.tensor(inputs, dtype=dtype).view(1, -1, 1)
+        A, B = torch.full((len(inputs), 1), -1.0, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
+        _, state, _ = triton_scan.forward(torch.ones_like(delta), delta, A, B, B, None, None, None, True, False)
+        wanted = torch.nn.functional.softplus(delta.double()).flatten()
+        errors[str(dtype).removeprefix("torch.")] = ((state.flatten().double() - wanted) / wanted).abs().tolist()
+    return errors
+
+
+def public_error() -> float:
+    """Largest error of a value or gradient of the public function when the backend is forced."""
+    from nnunetv2_lightnets.ops import selective_scan, use_backend
+
+    _settings(16, 32)
+    torch.manual_seed(0)
+    scan = plain_scan(1, 3, 5, 4)
+    results = []
+    for name in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in scan]
+        with use_backend(name):
+            out, last = selective_scan(*leaves, return_last_state=True)
+            gradients = torch.autograd.grad(out.sin().sum() + last.cos().sum(), leaves[:-1])
+        results.append((out, last, *gradients))
+    return max(_error(found, wanted) for found, wanted in zip(*results, strict=True))
+
+
+def availability() -> dict[str, Any]:
+    """What the backend says of this process, with and without the interpreter."""
+    scan = plain_scan(1, 2, 3, 4, softplus=True, dtype="float32")[:-1]
+    wide = plain_scan(1, 2, 3, 300, dtype="float32")[:-1]
+    integers = (scan[0].int(), *scan[1:])
+    elsewhere = tuple(None if x is None else x.to("meta") for x in scan)
+    return {
+        "imported": "triton" in sys.modules,
+        "unavailable": triton_scan.unavailable(),
+        "refuses": [triton_scan.refuses(*x) for x in (scan, wide, integers, elsewhere)],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- compiled kernels
+
+
+def resources(
+    kind: str, capabilities: list[int], multiprocessors: int = 108, backward: bool = True, **case: Any
+) -> list[dict[str, Any]]:
+    """Compile every kernel that a scan of this shape launches; return what each one uses on each GPU.
+
+    The scan runs on tensors without memory, up to the launches, which are compiled instead: what is compiled here is
+    what a GPU with this many multiprocessors would be given.
+    """
+    launches: list[tuple[Any, dict[str, Any]]] = []
+    triton_scan._launch = lambda kernel, programs, arguments: launches.append((kernel, arguments))
+    triton_scan._multiprocessors = lambda device: multiprocessors
+    if kind == "plain":
+        scan = plain_scan(**case, device="meta")
+        out, last, states = triton_scan.forward(*scan, True)
+        if backward:
+            triton_scan.backward(out, last, *scan, states)
+    else:
+        scan, order = _meta_directional(**case)
+        out, states = triton_scan.directional_forward(*scan, order, True)
+        if backward:
+            triton_scan.directional_backward(out, *scan, order, states)
+    return [_compile(*launch, capability) for capability in capabilities for launch in _once(launches)]
+
+
+def _meta_directional(**case: Any) -> tuple[tuple[Any, ...], Tensor]:
+    order = torch.empty(case.get("directions", 2), case["length"], dtype=torch.int32, device="meta")
+    scan, _ = directional(**{**case, "length": 1})  # makes a real permutation: short
+    u, delta, A, B, C, *rest = (x.to("meta") if isinstance(x, Tensor) else x for x in scan)
+    layout, dtype = case.get("layout", "channels"), u.dtype
+    longer = [_tokens((*x.shape[:-1], case["length"]), dtype, layout, "meta") for x in (u, delta, B, C)]
+    return (longer[0], longer[1], A, longer[2], longer[3], *rest), order
+
+
+def _once(launches: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+    """Launches that differ in what is compiled."""
+    return list({repr((kernel.__name__, _signature(kernel, x))): (kernel, x) for kernel, x in launches}.values())
+
+
+def _signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibilities, as the launcher of Triton would derive them from the arguments."""
+    types = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    types[torch.int32] = "i32"
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        aligned = False
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{types[value.dtype]}"
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(kernel, arguments)
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = Path(f"{kernel.__name__}.cubin")  # in the worker's own folder
+    cubin.write_bytes(compiled.asm["cubin"])
+    printed = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
+    assert used, printed
+    return {
+        "kernel": kernel.__name__,
+        "capability": capability,
+        "registers": int(used[1]),
+        "stack": int(used[2]) + int(used[3]),
+        "shared": compiled.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(globals()[request.pop("function")](**request)), flush=True)
