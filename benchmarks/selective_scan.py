@@ -2,7 +2,8 @@
 
     python benchmarks/selective_scan.py [--threads N] [--rounds 9] [--seconds 20] [--only s]
 
-writes ``benchmarks/results/selective_scan.csv`` and, beside it, ``selective_scan_machine.json``. Implementations take
+writes ``benchmarks/results/selective_scan.csv``, beside it ``selective_scan_machine.json``, and from both the table in
+``docs/selective_scan.md`` (which ``--table`` writes again without measuring). Implementations take
 turns in one process, so that a busy moment of the machine hits them alike; each takes at most ``--rounds`` turns, and
 none that it would start after ``--seconds``. Memory is measured in a fresh process for each row, errors against the
 torch backend in float64 (which the tests hold to the textbook loop). Run it on a machine that does nothing else.
@@ -43,6 +44,7 @@ from nnunetv2_lightnets.ops import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "selective_scan.md"
 MIB = 2**20
 
 
@@ -78,6 +80,11 @@ class Case:
             D, delta_bias = normal(groups, channels), normal(groups, channels) - 4
             return [u, delta, A.view(groups, channels, state), B, C, D, delta_bias]
         return [u, normal(batch, length, channels).mT, A, B, C, normal(channels), normal(channels) - 4]
+
+    def sizes(self) -> str:
+        """The sizes in words."""
+        text = f"B {self.batch}, D {self.channels}, L {self.length}"
+        return f"{text}, {self.width} taps" if self.width else f"{text}, N {self.state}, groups {self.groups}"
 
     def updates(self) -> int:
         """States that are updated, over all tokens."""
@@ -278,6 +285,30 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
     return rows
 
 
+def write_table(results: Path) -> None:
+    """Put the results into the documentation, between its two marks."""
+    with results.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    about = json.loads(results.with_name(f"{results.stem}_machine.json").read_text())
+    columns = [
+        "case",
+        "pass",
+        "implementation",
+        "ms",
+        "times faster than the first",
+        "extra MiB",
+        "largest relative error",
+    ]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    cases = {row["case"]: row["about"] for row in rows}
+    lines += ["", *(f"- `{name}`: {CASES[name].sizes()}; {text}." for name, text in cases.items()), ""]
+    lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    before, start, rest = PAGE.read_text().partition("<!-- made by benchmarks/selective_scan.py, do not edit -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    PAGE.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+
+
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,12 +317,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="no turn starts later than this")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to measure")
     parser.add_argument("--output", type=Path, default=RESULTS / "selective_scan.csv", help="where to write the table")
+    parser.add_argument("--table", action="store_true", help="only write the table of the documentation again")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # in the fresh process: the implementation to measure
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory:
         print_memory(arguments.memory, CASES[arguments.only[0]], arguments.backward)
+        return
+    if arguments.table:
+        write_table(arguments.output)
         return
     rows = []
     for name in arguments.only:
@@ -304,6 +339,8 @@ def main() -> None:
         writer.writerows(rows)
     description = arguments.output.with_name(f"{arguments.output.stem}_machine.json")
     description.write_text(json.dumps(machine(), indent=1) + "\n")
+    if arguments.output.parent == RESULTS:
+        write_table(arguments.output)
 
 
 if __name__ == "__main__":

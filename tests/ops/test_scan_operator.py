@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +228,17 @@ def test_flops(make_scan):
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() / 2 == 5 * updates + 2 * skips
+
+
+def test_the_example_of_the_documentation():
+    page = Path(__file__).parents[2] / "docs" / "selective_scan.md"
+    code = page.read_text().partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code, names)
+    u, delta, A, B, C = (names[name] for name in ("u", "delta", "A", "B", "C"))
+    with use_backend("torch"):
+        expected = selective_scan(u, delta, A, B, C, delta_softplus=True)
+    torch.testing.assert_close(names["y"], expected, rtol=1e-4, atol=1e-4)
 
 
 def _python(code):

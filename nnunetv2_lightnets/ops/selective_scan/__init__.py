@@ -142,7 +142,7 @@ def directional_scan(
         delta_bias: Added to ``delta``, (K, D).
         delta_softplus: Whether softplus is applied to ``delta + delta_bias``.
         order: Image index of every direction's t-th token, (K, L) in int32; each row must be a permutation of
-            ``range(L)``, which is not checked. See :func:`nnunetv2_lightnets.ops.scan_order`.
+            ``range(L)``, which not every backend checks. See :func:`nnunetv2_lightnets.ops.scan_order`.
 
     Returns:
         (B, D, L) in image order, in the dtype and memory layout of ``u``.
