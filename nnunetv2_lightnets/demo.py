@@ -25,7 +25,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 DATASET_ID = 990
 DATASET = f"Dataset{DATASET_ID}_MNI152Demo"
 CONFIGURATION = "3d_fullres"
-TRAINER = "nnUNetTrainerLightMUNetT_6epochs_25iters"
+TRAINER = "nnUNetTrainerLightMUNetDemo_7epochs_25iters"
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 # One hemisphere of the template at 1 mm, cut into blocks: start and number of blocks along each axis.
 BLOCK = (36, 45, 48)
@@ -187,7 +187,9 @@ class Demo:
         picture = self.folder / "demo.png"
         draw(self.raw, predictions, dice, picture)
         print(f"Picture: {picture}")
-        base = self.trainer.split("_")[0].removesuffix("T").removesuffix("S")
+        base = self.trainer.split("_")[0]
+        for suffix in ("Demo", "T", "S"):
+            base = base.removesuffix(suffix)
         print(
             "\nNext, your own data: put it into nnU-Net's format under your nnUNet_raw, then\n"
             "  nnUNetv2_plan_and_preprocess -d YOUR_ID\n"

@@ -17,6 +17,7 @@ TRAINERS = {
     "nnUNetTrainerLightMUNet": "lightm_unet",
     "nnUNetTrainerLightMUNetS": "lightm_unet",
     "nnUNetTrainerLightMUNetT": "lightm_unet",
+    "nnUNetTrainerLightMUNetDemo": "lightm_unet",
     "nnUNetTrainerULite": "ulite",
     "nnUNetTrainerUltraLightUNet": "ultralight_unet",
     "nnUNetTrainerUltraLightUNetT": "ultralight_unet",
@@ -36,8 +37,8 @@ _NAME = re.compile(rf"(?P<base>nnUNetTrainer[A-Za-z0-9]*?)(?P<budget>(?:{_BUDGET
 
 
 def trainer_names() -> list[str]:
-    """Names of all trainers, without suffixes."""
-    return list(TRAINERS)
+    """Names of all trainers for data of one's own, without suffixes."""
+    return [name for name in TRAINERS if not name.endswith("Demo")]
 
 
 def nearest_trainers(name: str) -> list[str]:

@@ -53,3 +53,21 @@ class nnUNetTrainerLightMUNetT(nnUNetTrainerLightMUNet):
     """LightM-UNet at width 8: 0.38 M parameters in 3D."""
 
     network_kwargs = {"width": 8}  # noqa: RUF012
+
+
+class nnUNetTrainerLightMUNetDemo(nnUNetTrainerLightMUNetT):
+    """Width 8 at a hundred times the paper's learning rate, for the few minutes of ``nnUNetv2_lightnets demo``.
+
+    The paper's 1e-4 needs thousands of iterations to leave the start. Take another trainer for data of your own.
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = 1e-2
