@@ -112,10 +112,24 @@ class LightNetsTrainer(nnUNetTrainer):
 
         A network for prediction computes the same with fewer steps, where it knows how; its state dict is the same.
         """
+        network = cls.trained_network(
+            configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        return network if _building_for_training.get() else _for_prediction(network)
+
+    @classmethod
+    def trained_network(
+        cls,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network as it is trained, for the patch and strides of a plan."""
         architecture = {**cls.network_kwargs, **cls.planned_architecture(configuration_manager)}
         if cls.n_downsamplings is not None:
             architecture["strides"] = strides_from_plan(_pooling(configuration_manager), cls.n_downsamplings)
-        network = create_network(
+        return create_network(
             cls.network_name,
             spatial_dims=len(configuration_manager.patch_size),
             input_channels=num_input_channels,
@@ -123,7 +137,6 @@ class LightNetsTrainer(nnUNetTrainer):
             deep_supervision=enable_deep_supervision and cls.deep_supervision,
             **architecture,
         )
-        return network if _building_for_training.get() else _for_prediction(network)
 
     @classmethod
     def planned_architecture(cls, configuration_manager: ConfigurationManager) -> dict[str, Any]:

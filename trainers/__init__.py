@@ -30,6 +30,11 @@ TRAINERS = {
     "nnUNetTrainerSwinUMambaDScratch": "swin_umamba",
     "nnUNetTrainerUMambaBot": "umamba",
     "nnUNetTrainerUMambaEnc": "umamba",
+    "nnUNetTrainerSlimUNet": "slim_unet",
+    "nnUNetTrainerSlimUNetLightMUNet": "slim_unet",
+    "nnUNetTrainerSlimUNetLightMUNetT": "slim_unet",
+    "nnUNetTrainerSlimUNetULite": "slim_unet",
+    "nnUNetTrainerSlimUNetUltraLightUNet": "slim_unet",
 }
 
 _BUDGET = re.compile(r"_([1-9]\d*)(epochs|iters)")

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     if args.patch is not None and len(args.patch) not in (2, 3):
         raise LightNetsError(f"--patch takes 2 or 3 numbers, got {len(args.patch)}")
-    if args.patch is not None and min(args.patch) < 1:
-        raise LightNetsError(f"--patch takes numbers of voxels, got {' '.join(map(str, args.patch))}")
+    if args.patch is not None and min(args.patch) < 8:
+        raise LightNetsError(f"--patch takes numbers of at least 8 voxels, got {' '.join(map(str, args.patch))}")
     for name in ("channels", "classes"):
         if getattr(args, name) < 1:
             raise LightNetsError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -39,30 +39,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(patch: list[int], channels: int, classes: int) -> list[str]:
-    """Lines of the table for one patch size."""
-    from nnunetv2_lightnets.benchmark.costs import count_macs, count_parameters
-    from nnunetv2_lightnets.networks import create_network, network_entry
-    from nnunetv2_lightnets.trainers import find_trainer, trainer_names
+    """Lines of the table for one patch size: what each trainer builds from the plans that nnU-Net makes for it."""
+    import torch
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    dims = len(patch)
-    size = " x ".join(map(str, patch))
-    lines = [f"{dims}D, patch {size}, {channels} channel(s), {classes} classes"]
-    lines.append(f"{'trainer (-tr)':<34}{'network':<18}{'dims':<8}{'M':>9}{'GMAC':>10}")
-    for trainer_name in trainer_names():
+    from nnunetv2_lightnets.benchmark.costs import count_macs, count_parameters
+    from nnunetv2_lightnets.benchmark.measure import fitting_trainers
+    from nnunetv2_lightnets.benchmark.setting import patch_setting
+    from nnunetv2_lightnets.networks import network_entry
+    from nnunetv2_lightnets.trainers import find_trainer
+    from nnunetv2_lightnets.training import LightNetsTrainer
+
+    setting = patch_setting(patch, channels, classes)
+    plans = PlansManager(setting.plans)
+    configuration = plans.get_configuration(setting.configuration)
+    lines = [f"{len(patch)}D, {setting.title}"]
+    lines.append(f"{'trainer (-tr)':<38}{'network':<18}{'dims':<8}{'M':>9}{'GMAC':>10}")
+    for trainer_name in fitting_trainers(len(patch)):
         trainer = find_trainer(trainer_name)
         assert trainer is not None
-        entry = network_entry(trainer.network_name)
-        if dims not in entry.spatial_dims:
-            continue
-        network = create_network(
-            entry.name,
-            spatial_dims=dims,
-            input_channels=channels,
-            num_classes=classes,
-            **trainer.network_kwargs,
-        )
-        parameters = count_parameters(network)
-        gmacs = count_macs(network, channels, patch) / 1e9
-        exists = ", ".join(f"{d}D" for d in entry.spatial_dims)
-        lines.append(f"{trainer_name:<34}{entry.name:<18}{exists:<8}{parameters / 1e6:>9.3f}{gmacs:>10.2f}")
+        ours = issubclass(trainer, LightNetsTrainer)
+        with torch.device("meta"):  # shapes are enough to count
+            if ours:
+                network = trainer.trained_network(configuration, channels, classes, False)
+            else:
+                network = trainer.build_network_architecture(plans, configuration, channels, classes, False)
+        name = trainer.network_name if ours else type(network).__name__
+        exists = ", ".join(f"{d}D" for d in (network_entry(name).spatial_dims if ours else (2, 3)))
+        parameters, macs = count_parameters(network), count_macs(network, channels, setting.patch)
+        lines.append(f"{trainer_name:<38}{name:<18}{exists:<8}{parameters / 1e6:>9.3f}{macs / 1e9:>10.2f}")
     return lines

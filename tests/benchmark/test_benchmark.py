@@ -361,3 +361,17 @@ def test_labels_do_not_cover_each_other():
     gaps = [b - a for a, b in zip(sorted(heights), sorted(heights)[1:], strict=False)]
     assert min(gaps) >= 0.05 - 1e-9
     assert max(heights) <= 1 + 1e-9
+
+
+def test_the_table_of_networks_counts_what_each_trainer_builds_from_the_plans(monkeypatch):
+    from nnunetv2_lightnets.benchmark.networks_table import table
+
+    names = [f"nnUNetTrainer{name}" for name in ("ULite", "SlimUNetULite", "UMambaBot")]
+    monkeypatch.setattr(measure, "fitting_trainers", lambda dims: names)
+    rows = {line.split()[0]: line.split() for line in table([40, 56], 1, 3)[2:]}
+    assert list(rows) == names
+    assert rows["nnUNetTrainerULite"][1:-1] == ["ulite", "2D,", "3D", "0.877"]
+    assert rows["nnUNetTrainerUMambaBot"][1:-1] == ["umamba_bot", "2D,", "3D", "2.815"]  # 4 stages, as planned
+    assert rows["nnUNetTrainerSlimUNetULite"][1] == "PlainConvUNet"
+    slim, light = (float(rows[name][-1]) for name in names[1::-1])
+    assert slim == pytest.approx(light, abs=0.01)

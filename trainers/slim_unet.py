@@ -1,0 +1,154 @@
+"""A control: nnU-Net's own network, made so narrow that it computes as much as a light network.
+
+A light network is worth its design only if it beats nnU-Net's own, given the same number of multiply-accumulates. The
+network is the plan's (PlainConvUNet, or ResidualEncoderUNet with its plans), with one factor on the features of all
+stages; strides, kernels and blocks stay. Training is nnU-Net's default in all things. The factor follows from the plan
+alone, so that prediction finds the same network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_lightnets.benchmark.costs import count_macs
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.training import LightNetsTrainer
+
+_FEATURES = "features_per_stage"  # nnU-Net's own key
+
+
+def widths(features: Sequence[int], largest: float = 1.0) -> list[tuple[int, ...]]:
+    """All that ``features`` become under one factor from 0 to ``largest``: rounded half up, at least 1; ascending."""
+    # A stage of c features gains one at the factors 1.5 / c, 2.5 / c, ...
+    steps = {(n + 0.5) / c for c in features for n in range(1, math.floor(largest * c + 0.5))}
+    middles = [(a + b) / 2 for a, b in pairwise([0.0, *sorted(steps), largest])]
+    return [tuple(max(1, math.floor(factor * c + 0.5)) for c in features) for factor in middles]
+
+
+def closest_features(features: Sequence[int], target: int, count: Callable[[tuple[int, ...]], int]) -> tuple[int, ...]:
+    """The scaled ``features`` whose MACs are closest to ``target``; of two equally close ones the narrower.
+
+    Args:
+        features: of each stage, unscaled.
+        target: MACs.
+        count: MACs of a network with these features; they grow with the factor.
+    """
+    count = cache(count)
+    largest = 1.0
+    candidates = widths(features)
+    while count(candidates[-1]) < target:
+        largest *= 2
+        candidates = widths(features, largest)
+    low, high, lean = 0, len(candidates) - 1, 0
+    while high - low > 1:
+        # MACs are about quadratic in the factor. Leaning beyond the guess brings the other bound close, too.
+        below, above = (math.sqrt(count(candidates[i])) for i in (low, high))
+        share = (math.sqrt(target) - below) / (above - below)
+        guess = min(max(low + round((high - low) * share) + lean, low + 1), high - 1)
+        if count(candidates[guess]) < target:
+            low, lean = guess, 1
+        else:
+            high, lean = guess, -1
+    return min(candidates[low], candidates[high], key=lambda candidate: abs(count(candidate) - target))
+
+
+class nnUNetTrainerSlimUNet(nnUNetTrainer):  # type: ignore[misc] # nnU-Net carries no types
+    """nnU-Net's network with about the MACs of LightM-UNet S.
+
+    Attributes:
+        like: the trainer whose network's MACs are aimed at.
+    """
+
+    like: ClassVar[str] = "nnUNetTrainerLightMUNetS"
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the plan's network with features that are as many as the MACs allow."""
+        planned = configuration_manager.network_arch_init_kwargs
+        if _FEATURES not in planned:
+            raise LightNetsError(
+                f"{cls.__name__} narrows nnU-Net's network by its {_FEATURES}, which the plans' network "
+                f"{configuration_manager.network_arch_class_name} does not state; take nnU-Net's own plans, "
+                f"-p nnUNetPlans"
+            )
+
+        def build(features: tuple[int, ...], deep_supervision: bool) -> nn.Module:
+            network: nn.Module = get_network_from_plans(
+                configuration_manager.network_arch_class_name,
+                {**planned, _FEATURES: list(features)},
+                configuration_manager.network_arch_init_kwargs_req_import,
+                num_input_channels,
+                num_output_channels,
+                allow_init=True,
+                deep_supervision=deep_supervision,
+            )
+            return network
+
+        def macs(features: tuple[int, ...]) -> int:
+            # On a device without memory: nothing is allocated, and no random numbers are used up.
+            with torch.device("meta"):
+                network = build(features, False)
+            return count_macs(network, num_input_channels, configuration_manager.patch_size)
+
+        target = cls._target(configuration_manager, num_input_channels, num_output_channels)
+        return build(closest_features(planned[_FEATURES], target, macs), enable_deep_supervision)
+
+    @classmethod
+    def _target(cls, configuration_manager: ConfigurationManager, inputs: int, outputs: int) -> int:
+        """MACs of the light network on a patch of the plan."""
+        from nnunetv2_lightnets.trainers import find_trainer
+
+        light = find_trainer(cls.like)
+        assert light is not None and issubclass(light, LightNetsTrainer)
+        with torch.device("meta"):
+            network = light.trained_network(configuration_manager, inputs, outputs, False)
+        return count_macs(network, inputs, configuration_manager.patch_size)
+
+    def on_train_start(self) -> None:
+        """Start as nnU-Net does, and write into the log what is trained."""
+        super().on_train_start()
+        network: Any = self.network
+        network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+        features = getattr(network, "_orig_mod", network).encoder.output_channels
+        self.print_to_log_file(f"features {list(features)}, for about the MACs of {self.like}")
+
+
+class nnUNetTrainerSlimUNetLightMUNet(nnUNetTrainerSlimUNet):
+    """nnU-Net's network with about the MACs of LightM-UNet."""
+
+    like = "nnUNetTrainerLightMUNet"
+
+
+class nnUNetTrainerSlimUNetLightMUNetT(nnUNetTrainerSlimUNet):
+    """nnU-Net's network with about the MACs of LightM-UNet T."""
+
+    like = "nnUNetTrainerLightMUNetT"
+
+
+class nnUNetTrainerSlimUNetULite(nnUNetTrainerSlimUNet):
+    """nnU-Net's network with about the MACs of U-Lite."""
+
+    like = "nnUNetTrainerULite"
+
+
+class nnUNetTrainerSlimUNetUltraLightUNet(nnUNetTrainerSlimUNet):
+    """nnU-Net's network with about the MACs of UltraLightUNet."""
+
+    like = "nnUNetTrainerUltraLightUNet"
