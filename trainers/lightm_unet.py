@@ -71,3 +71,21 @@ class nnUNetTrainerLightMUNetDemo(nnUNetTrainerLightMUNetT):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = 1e-2
+
+
+class nnUNetTrainerLightMUNetNoScan(nnUNetTrainerLightMUNet):
+    """Control: LightM-UNet without the selective scan; what is left is its term ``D * u``, gated."""
+
+    network_kwargs = {"width": 32, "scan": False}  # noqa: RUF012
+
+
+class nnUNetTrainerLightMUNetSNoScan(nnUNetTrainerLightMUNet):
+    """Control: width 16 without the selective scan."""
+
+    network_kwargs = {"width": 16, "scan": False}  # noqa: RUF012
+
+
+class nnUNetTrainerLightMUNetTNoScan(nnUNetTrainerLightMUNet):
+    """Control: width 8 without the selective scan."""
+
+    network_kwargs = {"width": 8, "scan": False}  # noqa: RUF012

@@ -125,6 +125,12 @@ class nnUNetTrainerSwinUMambaScratch(nnUNetTrainerSwinUMamba):
     pretrained = False
 
 
+class nnUNetTrainerSwinUMambaScratchNoScan(nnUNetTrainerSwinUMambaScratch):
+    """Control: from random weights, without the selective scans."""
+
+    network_kwargs = {"scan": False}  # noqa: RUF012
+
+
 class nnUNetTrainerSwinUMambaD(nnUNetTrainerSwinUMamba):
     """Swin-UMamba† as released, 27.5 M parameters, from ImageNet weights."""
 

@@ -64,3 +64,9 @@ class nnUNetTrainerUltraLightUNetL(nnUNetTrainerUltraLightUNet):
     """Variant "L": 3.76 M parameters in 2D, 4.30 M in 3D."""
 
     network_kwargs = {"variant": "L"}  # noqa: RUF012
+
+
+class nnUNetTrainerUltraLightUNetSingleKernel(nnUNetTrainerUltraLightUNet):
+    """Control: the largest kernel alone, so that the receptive field stays and only the smaller kernels are missing."""
+
+    network_kwargs = {"variant": "base", "kernel_sizes": (5,)}  # noqa: RUF012

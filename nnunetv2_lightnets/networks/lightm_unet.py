@@ -149,10 +149,10 @@ class _GroupNorm(torch.autograd.Function):
 class MambaLayer(nn.Module):
     """The paper's residual vision Mamba layer: ``proj(norm(mamba(norm(x)) + s * x))``, with one norm used twice."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scan: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_channels)
-        self.mamba = Mamba(in_channels)
+        self.mamba = Mamba(in_channels, scan=scan)
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(in_channels, out_channels)
 
@@ -195,12 +195,12 @@ def _identity(x: Tensor) -> Tensor:
 class ResidualMambaBlock(nn.Module):
     """Two Mamba layers with pre-activation, added to their input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, scan: bool = True) -> None:
         super().__init__()
         self.norm1 = TokenGroupNorm(channels)
-        self.layer1 = MambaLayer(channels, channels)
+        self.layer1 = MambaLayer(channels, channels, scan)
         self.norm2 = TokenGroupNorm(channels)
-        self.layer2 = MambaLayer(channels, channels)
+        self.layer2 = MambaLayer(channels, channels, scan)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C)."""
@@ -245,13 +245,14 @@ class Stem(nn.Module):
 class Encoder(nn.Module):
     """Stages of residual Mamba blocks; between two stages a Mamba layer doubles the width, then max pooling."""
 
-    def __init__(self, width: int, blocks: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
+    def __init__(self, width: int, blocks: Sequence[int], strides: Sequence[Sequence[int]], scan: bool = True) -> None:
         super().__init__()
         self.strides = tuple(tuple(stride) for stride in strides)
         channels = [width * 2**stage for stage in range(len(blocks))]
-        self.transitions = nn.ModuleList(MambaLayer(c, 2 * c) for c in channels[:-1])
+        self.transitions = nn.ModuleList(MambaLayer(c, 2 * c, scan) for c in channels[:-1])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ResidualMambaBlock(c) for _ in range(n))) for c, n in zip(channels, blocks, strict=True)
+            nn.Sequential(*(ResidualMambaBlock(c, scan) for _ in range(n)))
+            for c, n in zip(channels, blocks, strict=True)
         )
 
     def forward(self, tokens: Tensor, spatial: Sequence[int]) -> list[tuple[Tensor, tuple[int, ...]]]:
@@ -333,6 +334,7 @@ class LightMUNet(nn.Module):
         blocks_down: residual Mamba blocks of each encoder stage.
         blocks_up: residual convolution blocks of each decoder stage, from coarse to fine.
         strides: stride per downsampling and axis, e.g. ((1, 2, 2), (2, 2, 2), (2, 2, 2)); 2 everywhere if None.
+        scan: False builds the network without its selective scans, as a control, see :class:`Mamba`.
 
     Raises:
         LightNetsError: for deep supervision, a width that is no multiple of 8, or stages that do not fit together.
@@ -349,6 +351,7 @@ class LightMUNet(nn.Module):
         blocks_down: Sequence[int] = (1, 2, 2, 4),
         blocks_up: Sequence[int] = (1, 1, 1),
         strides: Sequence[Sequence[int]] | None = None,
+        scan: bool = True,
     ) -> None:
         super().__init__()
         refuse_deep_supervision("lightm_unet", deep_supervision)
@@ -365,7 +368,7 @@ class LightMUNet(nn.Module):
         strides = checked_strides("lightm_unet", strides, len(blocks_up), spatial_dims)
         self.multiple = total_stride(strides)
         self.stem = Stem(spatial_dims, input_channels, width)
-        self.encoder = Encoder(width, blocks_down, strides)
+        self.encoder = Encoder(width, blocks_down, strides, scan)
         self.decoder = Decoder(spatial_dims, width, blocks_up, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

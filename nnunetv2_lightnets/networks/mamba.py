@@ -28,25 +28,30 @@ class Mamba(nn.Module):
         d_state: size N of the state of each inner channel.
         d_conv: taps of the causal convolution over the tokens.
         expand: inner channels D per channel of the tokens.
+        scan: False leaves the scan out, for ablations: of its output only the term ``D * u`` stays, gated as before, so
+            that a token sees no more than the convolution's taps. There are no parameters for what is left out.
 
     Under autocast the projections before the scan use the low precision; the scan and the output projection run in
     float32, because the scan's output reaches values (about 1e6) that float16 does not hold.
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, scan: bool = True) -> None:
         super().__init__()
+        self.has_scan = scan
         self.d_state = d_state
         self.d_conv = d_conv
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
+        if scan:
+            self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+            self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+            self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self._init_dt()
+        if scan:
+            self._init_dt()
 
     def _init_dt(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
         """Draw the step sizes as the paper does (section 3.6): log-uniform in [dt_min, dt_max] after the softplus."""
@@ -58,13 +63,20 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
+        if not self.has_scan:
+            u, z = (_at_least_float32(x) for x in self.convolved(tokens))
+            return self.project_out(_at_least_float32(self.D) * u * F.silu(z))
         return self.project_out(self.scan(self.A, *self.scan_inputs(tokens))[0])
+
+    def convolved(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The scan's input u and the gate z, both (B, L, D), for tokens (B, L, C)."""
+        x, z = self.in_proj(tokens).split(self.d_inner, dim=-1)
+        u = causal_conv1d(x.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        return u.transpose(1, 2), z
 
     def scan_inputs(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the scan reads for tokens (B, L, C): u, delta (B, L, D), B, C (B, L, N) and the gate z (B, L, D)."""
-        x, z = self.in_proj(tokens).split(self.d_inner, dim=-1)
-        u = causal_conv1d(x.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
-        u = u.transpose(1, 2)
+        u, z = self.convolved(tokens)
         dt, b, c = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         return u, F.linear(dt, self.dt_proj.weight), b, c, z  # the bias of dt_proj is added inside the scan
 
@@ -100,8 +112,10 @@ class MambaStream:
 
     def __init__(self, mamba: Mamba) -> None:
         self.mamba = mamba
-        self.history = mamba.d_conv - 1 + mamba.d_state  # tokens that a part begins with again
+        self.history = mamba.d_conv - 1 + (mamba.d_state if mamba.has_scan else 0)  # tokens a part begins with again
         self._past: Tensor | None = None  # (B, history, C)
+        if not mamba.has_scan:
+            return
         self._state: Tensor | None = None  # (B, D, N)
         self._A = A = mamba.A
         size = mamba.d_state
@@ -113,6 +127,11 @@ class MambaStream:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Outputs (B, L, C) for the next L tokens; all parts but the last must be at least ``history`` long."""
+        if not self.mamba.has_scan:
+            old = 0 if self._past is None else self.history
+            tokens = tokens if self._past is None else torch.cat((self._past, tokens), 1)
+            self._past = tokens[:, tokens.shape[1] - self.history :]
+            return self.mamba(tokens)[:, old:]  # type: ignore[no-any-return]
         if self._past is None or self._state is None:
             old = 0
             u, delta, b, c, z = self.mamba.scan_inputs(tokens)

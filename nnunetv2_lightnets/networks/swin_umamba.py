@@ -111,6 +111,7 @@ class SwinUMamba(nn.Module):
         drop_path_rate: stochastic depth grows over the encoder's blocks from 0 to this value.
         bottleneck_decoder: the released code. False is the first version, whose decoder begins at 1/16. It holds
             the encoder's last stage without using it (the stage is not computed here, and its parameters are fixed).
+        scan: False builds the network without its selective scans, as a control, see :class:`SS2D`.
 
     Raises:
         LightNetsError: another dimension than 2, or ``features`` and ``depths`` that do not fit together.
@@ -128,6 +129,7 @@ class SwinUMamba(nn.Module):
         d_state: int = 16,
         drop_path_rate: float = 0.2,
         bottleneck_decoder: bool = True,
+        scan: bool = True,
     ) -> None:
         super().__init__()
         check_2d_pyramid("swin_umamba", spatial_dims, features[1:], depths)
@@ -138,7 +140,7 @@ class SwinUMamba(nn.Module):
             nn.Conv2d(input_channels, features[0], 7, stride=2, padding=3),
             nn.InstanceNorm2d(features[0], affine=True),
         )
-        self.vssm_encoder = VSSMEncoder(features[0], 2, features[1:], depths, d_state, drop_path_rate)
+        self.vssm_encoder = VSSMEncoder(features[0], 2, features[1:], depths, d_state, drop_path_rate, scan)
         self.skips = nn.ModuleList(
             ResidualBlock(*pair) for pair in zip((input_channels, *features[:-1]), features, strict=True)
         )

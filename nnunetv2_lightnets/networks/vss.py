@@ -56,23 +56,28 @@ class SS2D(nn.Module):
         dim: channels C of the input and output.
         d_state: size N of each channel's hidden state.
         expand: inner channels are ``expand * dim``.
+        scan: False leaves the scans out, for ablations: of their sum only the term ``D * u`` stays, with one D for all
+            directions, so that a pixel sees its 3x3 neighbours alone. There are no parameters for what is left out.
     """
 
-    def __init__(self, dim: int, d_state: int = 16, expand: int = 2) -> None:
+    def __init__(self, dim: int, d_state: int = 16, expand: int = 2, scan: bool = True) -> None:
         super().__init__()
+        self.has_scan = scan
         inner = expand * dim
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
-        self.x_proj_weight = nn.Parameter(torch.empty(DIRECTIONS, self.dt_rank + 2 * d_state, inner))
-        self.dt_projs_weight = nn.Parameter(torch.empty(DIRECTIONS, inner, self.dt_rank))
-        self.dt_projs_bias = nn.Parameter(torch.empty(DIRECTIONS, inner))
-        self.A_logs = nn.Parameter(torch.empty(DIRECTIONS * inner, d_state))
-        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
+        if scan:
+            self.x_proj_weight = nn.Parameter(torch.empty(DIRECTIONS, self.dt_rank + 2 * d_state, inner))
+            self.dt_projs_weight = nn.Parameter(torch.empty(DIRECTIONS, inner, self.dt_rank))
+            self.dt_projs_bias = nn.Parameter(torch.empty(DIRECTIONS, inner))
+            self.A_logs = nn.Parameter(torch.empty(DIRECTIONS * inner, d_state))
+        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner if scan else inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self._init_scan()
+        if scan:
+            self._init_scan()
 
     @torch.no_grad()
     def _init_scan(self) -> None:
@@ -93,12 +98,20 @@ class SS2D(nn.Module):
         u = u.permute(0, 2, 3, 1).reshape(batch, tokens, inner)
         if u.dtype == torch.float16:
             u = u.float()  # the sum over directions may leave float16's range; published, the scan is in float32, too
+        y = self._scanned(u, (height, width)) if self.has_scan else self.Ds * u  # (B, L, inner)
+        y = self.out_norm(y).reshape(batch, height, width, inner)
+        out: Tensor = self.out_proj(y * F.silu(z))
+        return out
+
+    def _scanned(self, u: Tensor, size: tuple[int, int]) -> Tensor:
+        """Sum of the scans in all directions over pixels ``u`` (B, L, inner) of an image of this size, same shape."""
+        batch, tokens, inner = u.shape
         # The projections act on single pixels, so one matmul in image order serves all directions.
         projected = F.linear(u, self.x_proj_weight.flatten(0, 1)).view(batch, tokens, DIRECTIONS, -1)
         projected = projected.permute(0, 2, 1, 3)  # (B, K, L, R + 2N)
         dt, B, C = projected.split_with_sizes([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.matmul(dt, self.dt_projs_weight.transpose(1, 2))  # (B, K, L, inner)
-        y = directional_scan(
+        y: Tensor = directional_scan(
             u.transpose(1, 2),
             delta.transpose(2, 3),
             -torch.exp(self.A_logs).view(DIRECTIONS, inner, self.d_state),
@@ -107,20 +120,18 @@ class SS2D(nn.Module):
             self.Ds.view(DIRECTIONS, inner),
             self.dt_projs_bias,
             delta_softplus=True,
-            order=scan_order((height, width), device=x.device),
+            order=scan_order(size, device=u.device),
         )
-        y = self.out_norm(y.transpose(1, 2)).reshape(batch, height, width, inner)
-        out: Tensor = self.out_proj(y * F.silu(z))
-        return out
+        return y.transpose(1, 2)
 
 
 class VSSBlock(nn.Module):
     """Residual block of VMamba's first version: ``x + DropPath(SS2D(LayerNorm(x)))``, without an MLP."""
 
-    def __init__(self, dim: int, d_state: int = 16, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, d_state: int = 16, drop_path: float = 0.0, scan: bool = True) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
-        self.self_attention = SS2D(dim, d_state)  # VMamba's name for it
+        self.self_attention = SS2D(dim, d_state, scan=scan)  # VMamba's name for it
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,9 +143,9 @@ class VSSBlock(nn.Module):
 class VSSStage(nn.Module):
     """Blocks of one resolution, one for each value of ``drop_paths``."""
 
-    def __init__(self, dim: int, drop_paths: Sequence[float], d_state: int = 16) -> None:
+    def __init__(self, dim: int, drop_paths: Sequence[float], d_state: int = 16, scan: bool = True) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(VSSBlock(dim, d_state, drop_path) for drop_path in drop_paths))
+        self.blocks = nn.Sequential(*(VSSBlock(dim, d_state, drop_path, scan) for drop_path in drop_paths))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, H, W, C) to the same shape."""
@@ -186,6 +197,7 @@ class VSSMEncoder(nn.Module):
         depths: blocks of the stages.
         d_state: size of each channel's hidden state.
         drop_path_rate: stochastic depth grows linearly over all blocks, from 0 to this value.
+        scan: False leaves the scans out, see :class:`SS2D`.
     """
 
     def __init__(
@@ -196,12 +208,14 @@ class VSSMEncoder(nn.Module):
         depths: Sequence[int],
         d_state: int = 16,
         drop_path_rate: float = 0.2,
+        scan: bool = True,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(input_channels, dims[0], patch_size)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.layers = nn.ModuleList(
-            VSSStage(dim, [next(rates) for _ in range(depth)], d_state) for dim, depth in zip(dims, depths, strict=True)
+            VSSStage(dim, [next(rates) for _ in range(depth)], d_state, scan)
+            for dim, depth in zip(dims, depths, strict=True)
         )
         self.downsamples = nn.ModuleList(PatchMerging(dim) for dim in dims[:-1])
         for module in self.modules():
