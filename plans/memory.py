@@ -1,8 +1,8 @@
 """Training memory of a network, counted on fake tensors: shapes and lifetimes are real, nothing is computed.
 
-A whole training step is taken: forward pass, nnU-Net's loss at full resolution, backward pass, gradients, the
-optimizer's step. Whatever is alive at the worst moment counts: tensors saved for the backward pass, gradients passing
-through it, parameters, their gradients, the optimizer's state, the batch, the states that the selective scan keeps.
+A whole training step is taken: forward pass, nnU-Net's loss at full resolution, backward pass, gradients. Whatever is
+alive at the worst moment counts: tensors saved for the backward pass, gradients passing through it, parameters, their
+gradients, the optimizer's state, the batch, the states that the selective scan keeps.
 
 Counted in float32, as networks train on a CPU. Under the mixed precision of a GPU most activations take half of it.
 """
@@ -62,16 +62,11 @@ def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int)
     job = Job(trainer_class.__name__, setting, batch_size, None, "cpu", None, 1.0, False)
     with nnunet_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = make_trainer(trainer_class, job, folder, torch.device("cpu"))
+    state_bytes = sum(p.numel() for p in trainer.network.parameters()) * _state_per_weight(trainer.optimizer)
     mode, live = FakeTensorMode(), _LiveBytes()
     _make_fake(trainer.network, mode)
     with mode, live:
-        trainer.optimizer, _ = trainer.configure_optimizers()
-        for parameter in trainer.network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()  # makes the state, as the first step of a training does
-        trainer.optimizer.zero_grad(set_to_none=True)
-        parameters = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
-        state = sum(t.untyped_storage().nbytes() for t in tree_leaves(trainer.optimizer.state) if torch.is_tensor(t))
+        weight_bytes = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
         batch = make_batch(trainer, job)
         trainer.network.train()
         outside = live.bytes - sum(t.untyped_storage().nbytes() for t in tree_leaves(batch))
@@ -80,8 +75,17 @@ def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int)
         with saved:
             loss = trainer.loss(trainer.network(batch["data"]), batch["target"])
         loss.backward()
-        trainer.optimizer.step()
-    return TrainingMemory(fixed=parameters + state, step=live.peak - outside, saved=saved.bytes)
+    return TrainingMemory(fixed=weight_bytes + state_bytes, step=live.peak - outside, saved=saved.bytes)
+
+
+def _state_per_weight(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the optimizer keeps for each weight, seen from a step on a few; it loses all others."""
+    weights = nn.Parameter(torch.zeros(64))
+    weights.grad = torch.zeros(64)
+    optimizer.param_groups = [optimizer.param_groups[0] | {"params": [weights]}]
+    optimizer.step()
+    kept = [v for v in optimizer.state[weights].values() if torch.is_tensor(v) and v.shape == weights.shape]
+    return sum(value.element_size() for value in kept)
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -99,7 +103,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a number that steers the loss or the optimizer; fake tensors have none
+            return 1  # a number that steers the loss; fake tensors have none
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):

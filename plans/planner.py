@@ -281,7 +281,7 @@ class Planner:
     def _too_small(self, what: str, name: str, memory: int) -> LightNetsError:
         limit = MEMORY if self.limit is None else self.limit / GIGABYTE
         return LightNetsError(
-            f"{limit:g} GB are too little for {self.trainer_class.__name__} in {name}: {what} takes about "
+            f"{limit:.3g} GB are too little for {self.trainer_class.__name__} in {name}: {what} takes about "
             f"{memory / GIGABYTE:.2f} GB; give more with --memory, or take a smaller network"
         )
 

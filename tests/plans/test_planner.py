@@ -1,0 +1,210 @@
+"""Plans for our networks: patches that fit, memory kept, nnU-Net's rules followed, mistakes refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_lightnets.benchmark.setting import patch_setting
+from nnunetv2_lightnets.cli import main
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.padding import total_stride
+from nnunetv2_lightnets.plans.planner import GIGABYTE, Planner, plans_name, with_kept_configurations
+from nnunetv2_lightnets.plans.reference import SETTINGS, reference_names, reference_setting
+from nnunetv2_lightnets.trainers import find_trainer
+
+TINY = "nnUNetTrainerUltraLightUNetT"
+
+
+def base_plans(patch: tuple[int, ...], median: tuple[int, ...], cases: int = 10) -> tuple[dict, dict]:
+    """nnU-Net's plans with one configuration, ``2d`` or ``3d_fullres``."""
+    setting = patch_setting(patch, 1, 3)
+    (entry,) = setting.plans["configurations"].values()
+    entry["median_image_size_in_voxels"] = list(median)
+    setting.plans["original_median_shape_after_transp"] = [1] * (3 - len(median)) + list(median)
+    setting.plans["configurations"] = {"2d" if len(patch) == 2 else "3d_fullres": entry}
+    return setting.plans, setting.dataset_json | {"numTraining": cases}
+
+
+def planner(trainer: str, plans: dict, dataset_json: dict, memory: float | None = None, **fixed: Any) -> Planner:
+    return Planner(find_trainer(trainer), plans, dataset_json, "new", memory, **fixed)
+
+
+def test_patch_is_the_image_rounded_up_to_the_strides_and_the_batch_five_percent() -> None:
+    made = planner(TINY, *base_plans((64, 64), (60, 90), cases=100))
+    (planned,) = made.plan(["2d"])
+    architecture = made.plans["configurations"]["2d"]["architecture"]
+    stride = total_stride(architecture["arch_kwargs"]["network_strides"])
+    assert all(side % s == 0 and 0 <= side - m < s for side, s, m in zip(planned.patch, stride, (60, 90), strict=True))
+    assert planned.batch_size == round(60 * 90 * 100 * 0.05 / math.prod(planned.patch))
+    assert made.plans["configurations"]["2d"]["data_identifier"] == "free"
+
+
+def test_little_memory_makes_smaller_patches_and_what_is_planned_fits() -> None:
+    plans, dataset_json = base_plans((128, 128), (256, 192))
+    limit = 0.02
+    made = planner(TINY, plans, dataset_json, limit)
+    (planned,) = made.plan(["2d"])
+    assert planned.memory <= limit * GIGABYTE and planned.batch_size >= 2
+    assert math.prod(planned.patch) < 256 * 192
+    assert plans["configurations"]["2d"]["patch_size"] == [128, 128], "the base plans are left alone"
+
+
+def test_too_little_memory_is_refused() -> None:
+    with pytest.raises(LightNetsError, match=r"0.0003 GB are too little for nnUNetTrainerUltraLightUNetT in 2d"):
+        planner(TINY, *base_plans((64, 64), (64, 64)), 0.0003).plan(["2d"])
+
+
+def test_fixed_settings_are_taken_as_they_are() -> None:
+    made = planner(TINY, *base_plans((64, 64), (64, 64)), patch={2: (48, 40)}, batch_size={2: 3})
+    (planned,) = made.plan(["2d"])
+    assert (planned.patch, planned.batch_size) == ((48, 40), 3)
+
+
+def test_cascade_inherits_and_keeps_its_previous_stage() -> None:
+    plans, dataset_json = base_plans((32, 32, 32), (32, 32, 32))
+    plans["configurations"]["3d_lowres"] = copy.deepcopy(plans["configurations"]["3d_fullres"])
+    plans["configurations"]["3d_lowres"]["next_stage"] = "3d_cascade_fullres"
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plans["configurations"]["3d_cascade_fullres"] = cascade | {"batch_size": 99}
+    made = planner(TINY, plans, dataset_json)
+    planned = {p.configuration: p for p in made.plan(["3d_cascade_fullres"])}
+    assert set(planned) == {"3d_lowres", "3d_fullres", "3d_cascade_fullres"}
+    assert made.plans["configurations"]["3d_cascade_fullres"] == cascade
+    assert planned["3d_cascade_fullres"].batch_size == planned["3d_fullres"].batch_size
+    assert planned["3d_cascade_fullres"].memory > planned["3d_fullres"].memory, "it has more input channels"
+
+
+def test_swin_umamba_refuses_volumes() -> None:
+    with pytest.raises(LightNetsError, match="swin_umamba does not exist in 3D"):
+        planner("nnUNetTrainerSwinUMamba", *base_plans((32, 32, 32), (32, 32, 32))).plan(["3d_fullres"])
+
+
+def test_names() -> None:
+    assert plans_name(find_trainer("nnUNetTrainerLightMUNet")) == "nnUNetPlans_lightm_unet"
+    assert plans_name(find_trainer("nnUNetTrainerLightMUNetS_5epochs"), "mine") == "nnUNetPlans_lightm_unet_S_mine"
+    assert plans_name(find_trainer("nnUNetTrainerSwinUMambaDScratch")) == "nnUNetPlans_swin_umamba_d"
+
+
+def test_other_configurations_of_an_older_file_are_kept() -> None:
+    kept = with_kept_configurations({"configurations": {"2d": 1}}, {"configurations": {"2d": 0, "own": 2}})
+    assert kept == {"configurations": {"2d": 1, "own": 2}}
+
+
+@pytest.mark.parametrize("trainer", [TINY, "nnUNetTrainerULite", "nnUNetTrainerLightMUNetT"])
+def test_stock_trainer_gets_the_one_output_with_all_the_weight(trainer: str) -> None:
+    made = planner(trainer, *base_plans((32, 32), (32, 32)))
+    made.plan(["2d"])
+    configuration = PlansManager(made.plans).get_configuration("2d")
+    arguments = (
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+    )
+    supervised = get_network_from_plans(*arguments, 1, 3, deep_supervision=True).eval()
+    ours = find_trainer(trainer).build_network_architecture(None, configuration, 1, 3, False)
+    supervised.load_state_dict(ours.state_dict())  # the same names: weights go from one trainer to the other
+    x = torch.randn(2, 1, 32, 32)
+    fine, coarse = supervised(x)
+    torch.testing.assert_close(fine, ours(x), rtol=1e-4, atol=1e-4)
+    assert coarse.shape == (2, 3, 16, 16)
+    supervised.decoder.deep_supervision = False
+    torch.testing.assert_close(supervised(x), fine)
+
+
+def test_deep_supervision_scales_are_what_nnunet_reads_from_the_plans() -> None:
+    from nnunetv2_lightnets.plans.networks import output_strides
+
+    for scales in ((1.0, 0.5), (1.0, 0.5, 0.25, 0.125), (1.0, 0.25, 0.125, 0.0625)):
+        product, read = 1, []
+        for stride in output_strides(scales, 2):
+            product *= stride[0]
+            read.append(1 / product)
+        assert tuple(read[:-1]) == scales
+
+
+def test_reference_settings_are_whole() -> None:
+    for name in reference_names():
+        reference = reference_setting(name)
+        assert set(reference.settings) == set(SETTINGS)
+        assert all(entry["source"] and "value" in entry for entry in reference.settings.values())
+        assert find_trainer(reference.trainer) is not None
+        patch = reference.settings["patch"]["value"]
+        assert patch is None or len(patch) == reference.dims
+    assert reference_setting("lits").settings["patch"]["value"] == [128, 128, 128]
+    with pytest.raises(LightNetsError, match="did you mean lits"):
+        reference_setting("litz")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A planned data set, 901, as nnU-Net leaves it; not preprocessed."""
+    folder = tmp_path / "Dataset901_Small"
+    folder.mkdir()
+    plans, dataset_json = base_plans((64, 64), (64, 64))
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans | {"dataset_name": folder.name}))
+    (folder / "dataset.json").write_text(json.dumps(dataset_json))
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    return folder
+
+
+def test_command_writes_plans_and_says_what_comes_next(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-d", "901", "-tr", TINY]) == 0
+    said = capsys.readouterr().out
+    plans = json.loads((dataset / "nnUNetPlans_ultralight_unet_T.json").read_text())
+    assert plans["plans_name"] == "nnUNetPlans_ultralight_unet_T"
+    assert "nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans_ultralight_unet_T -c 2d" in said
+    (dataset / "free").mkdir()
+    for case in range(10):
+        (dataset / "free" / f"{case}.pkl").touch()
+    assert main(["plan", "-d", "901", "-tr", TINY]) == 0
+    said = capsys.readouterr().out
+    assert "are overwritten" in said and "Do not preprocess again" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["-d", "77", "-tr", TINY], "there is no data set 77"),
+        (["-d", "901", "-tr", "nnUNetTrainerULit"], "did you mean nnUNetTrainerULite"),
+        (["-d", "901"], "give a trainer with -tr"),
+        (["-d", "901", "-tr", TINY, "-p", "Other"], "Other.json does not exist"),
+        (["-d", "901", "-tr", TINY, "-c", "3d_fullres"], "-c 3d_fullres is not in the plans"),
+        (["-d", "901", "-tr", TINY, "--memory", "0"], "--memory must be above 0"),
+        (["-d", "901", "-tr", TINY, "--memory", "0.0003"], "too little"),
+        (["-d", "901", "-tr", TINY, "--suffix", "a/b"], "--suffix becomes part of a file name"),
+        (["-d", "901", "--like", "lits"], "needs a configuration in 3D"),
+    ],
+)
+def test_mistakes_are_one_line(
+    dataset: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_missing_fingerprint_is_named(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "dataset_fingerprint.json").unlink()
+    assert main(["plan", "-d", "901", "-tr", TINY]) == 2
+    assert "nnUNetv2_extract_fingerprint -d 901" in capsys.readouterr().err
+
+
+def test_unwritable_folder_is_named(
+    dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert main(["plan", "-d", "901", "-tr", TINY]) == 2
+    assert "nnUNetPlans_ultralight_unet_T.json could not be written: Permission denied" in capsys.readouterr().err
