@@ -1,18 +1,26 @@
 """Time, extra memory and error of the selective scan on this machine's CPU, for every way to compute it.
 
-    python benchmarks/selective_scan.py [--threads N] [--rounds 9] [--seconds 20] [--only s]
+    python benchmarks/selective_scan.py [--threads N] [--rounds 7] [--seconds 3] [--only s]
 
 writes ``benchmarks/results/selective_scan.csv``, beside it ``selective_scan_machine.json``, and from both the table in
 ``docs/selective_scan.md`` (which ``--table`` writes again without measuring). Implementations take
 turns in one process, so that a busy moment of the machine hits them alike; each takes at most ``--rounds`` turns, and
-none that it would start after ``--seconds``. Memory is measured in a fresh process for each row, errors against the
-torch backend in float64 (which the tests hold to the textbook loop). Run it on a machine that does nothing else.
+none that it would start after ``--seconds`` of its own. Memory is measured in a fresh process for each row, errors
+against the torch backend in float64 (which the tests hold to the textbook loop). Run it on a machine that does nothing
+else, for about six minutes.
 
-- ``loop``: the textbook loop over tokens (the "reference" backend), as published networks compute without a GPU;
+- ``loop``: the textbook loop over tokens (the "reference" backend), as published networks compute without a GPU. Only
+  forwards: its backward pass through autograd takes time quadratic in the length, more than ten minutes at ``s``;
 - ``mambapy``: the parallel scan of mambapy (https://github.com/alxndrTL/mamba.py, MIT), where that is installed;
 - ``torch``, ``native``: backends of this package;
 - ``exp2 alone``: one call of torch.exp2 on as many numbers as there are decays, in pieces that stay in the cache. No
-  way to scan that computes every decay with torch's functions is faster.
+  way to scan that computes every decay with torch's functions is faster;
+- ``bound``: the compute bound of the forward scan on this machine, memory and everything per token left out. Updating
+  one state takes 12 operations of a vector lane: dt A, 8 of exp2 (3 to round, 5 for a polynomial of degree 5), x B,
+  and the two multiply-adds of the state and the output. The rate of such operations is measured: multiply-adds per
+  second of torch's float32 matrix product in the cache, the fastest of several sizes, on as many threads as the case
+  has. A matrix product does not quite reach the processor's peak, so the true bound is a little lower. The case
+  ``cache`` fits the second cache level and runs on one thread: there nothing but computing should count.
 """
 
 from __future__ import annotations
@@ -28,6 +36,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -60,7 +71,8 @@ class Case:
     groups: int = 1
     image: tuple[int, int] | None = None
     width: int = 0
-    all_states_fit: bool = True  # which the slow ones hold in their backward pass, several times over
+    slow_ones: bool = True  # whether loop and mambapy are measured: minutes and many GB where there are many tokens
+    in_cache: bool = False  # only native against the bound: on one thread, many calls to a turn
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Random arguments in channels-last memory, step sizes as a trained network has them (about 0.02)."""
@@ -92,9 +104,10 @@ class Case:
 
 
 CASES = {
+    "cache": Case("all in the second cache level, 1 thread", 1, 64, 2_048, in_cache=True),
     "s": Case("LightM-UNet 3D, first stage of a 64^3 patch", 1, 64, 32_768),
     "m": Case("Swin-UMamba as plain scans, 80 x 80 pixels, 4 groups", 1, 768, 6_400, groups=4),
-    "l": Case("LightM-UNet 3D, 64^3 tokens", 1, 64, 262_144, all_states_fit=False),
+    "l": Case("LightM-UNet 3D, 64^3 tokens", 1, 64, 262_144, slow_ones=False),
     "short": Case("a bottleneck of 512 tokens", 1, 512, 512),
     "directional": Case("Swin-UMamba, 80 x 80 pixels, 4 directions", 1, 192, 6_400, groups=4, image=(80, 80)),
     "conv": Case("the convolution before s, 4 taps, SiLU", 1, 64, 32_768, width=4),
@@ -151,19 +164,45 @@ def exp2_alone(case: Case) -> Callable[..., None]:
     return compute
 
 
+LANE_OPERATIONS = 12  # to update one state, see above
+
+
+@cache
+def lane_operations_per_second(threads: int) -> float:
+    """Fused multiply-adds per second in torch's float32 matrix product, of matrices that fit the cache."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    best = 0.0
+    for size in (192, 256, 384, 512):
+        left, right, result = torch.rand(3, size, size).unbind()
+        for _ in range(100):
+            start = time.perf_counter()
+            for _ in range(5):
+                torch.mm(left, right, out=result)
+            best = max(best, 5 * size**3 / (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return best
+
+
+def bound(case: Case, threads: int) -> float:
+    """Seconds that the arithmetic of a forward scan takes at least."""
+    return LANE_OPERATIONS * case.updates() / lane_operations_per_second(threads)
+
+
 def implementations(case: Case, backward: bool) -> dict[str, Callable[..., Tensor | None]]:
     """Ways to compute a case, by name."""
     found: dict[str, Callable[..., Tensor | None]] = {}
     if case.width:
         found["torch's conv1d"] = torch_conv
-    elif case.all_states_fit or not backward:
-        found["loop"] = ours(case, "reference")
+    elif case.slow_ones and not case.in_cache:
+        if not backward:
+            found["loop"] = ours(case, "reference")
         if not case.image and (function := mambapy(case)):
             found["mambapy"] = function
-    for backend in ("torch", "native"):
+    for backend in ("native",) if case.in_cache else ("torch", "native"):
         if available_backends()[backend] is None:
             found[backend] = ours(case, backend)
-    if not case.width and not backward:
+    if not (case.width or backward or case.in_cache):
         found["exp2 alone"] = exp2_alone(case)
     return found
 
@@ -186,6 +225,7 @@ def times(
     backward: bool,
     rounds: int,
     most: float,
+    calls: int,
 ) -> tuple[dict[str, list[float]], dict[str, list[Tensor]]]:
     """Seconds of every implementation, which take turns, and its results."""
     measured: dict[str, list[float]] = {name: [] for name in functions}
@@ -197,8 +237,9 @@ def times(
         for name, function in functions.items():
             if sum(measured[name]) < most:
                 start = time.perf_counter()
-                results[name] = run(function, arguments, backward)
-                measured[name].append(time.perf_counter() - start)
+                for _ in range(calls):
+                    results[name] = run(function, arguments, backward)
+                measured[name].append((time.perf_counter() - start) / calls)
     return measured, results
 
 
@@ -241,6 +282,7 @@ def machine() -> dict[str, str | int | list[str]]:
         "instructions of torch": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "mambapy": version("mambapy") if find_spec("mambapy") else "not installed, so not compared",
         "date": time.strftime("%Y-%m-%d"),
     }
     cpuinfo = Path("/proc/cpuinfo")
@@ -256,16 +298,19 @@ def machine() -> dict[str, str | int | list[str]]:
 
 def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> list[dict[str, str | int]]:
     """Rows of the table for one case, forwards or forwards and backwards."""
+    before = torch.get_num_threads()
+    threads = 1 if case.in_cache else before
+    torch.set_num_threads(threads)
     functions = implementations(case, backward)
     arguments = case.arguments()
     expected = run(ours(case, "torch"), case.arguments(torch.float64), backward)
-    measured, all_results = times(functions, arguments, backward, rounds, most)
-    rows = []
-    for implementation, seconds in measured.items():
-        results = all_results[implementation]
-        memory = extra_memory(implementation, name, backward)
+    measured, all_results = times(functions, arguments, backward, rounds, most, 100 if case.in_cache else 1)
+    least = None if backward or case.width else bound(case, threads)
+    rows: list[dict[str, str | int]] = []
+    slowest = statistics.median(next(iter(measured.values())))
+
+    def add(implementation: str, seconds: list[float], memory: float | None, error: str) -> None:
         median = statistics.median(seconds)
-        slowest = statistics.median(next(iter(measured.values())))
         rows.append(
             {
                 "case": name,
@@ -275,13 +320,24 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
                 "fastest ms": f"{1e3 * min(seconds):.3g}",
                 "calls": len(seconds),
                 "times faster than the first": f"{slowest / median:.3g}",
-                "extra MiB": "" if memory is None or not results else f"{memory:.0f}",
-                "largest relative error": f"{largest_error(results, expected):.1e}" if results else "",
-                "threads": torch.get_num_threads(),
+                "% of the bound": "" if least is None else f"{100 * least / median:.3g}",
+                "extra MiB": "" if memory is None else f"{memory:.0f}",
+                "largest relative error": error,
+                "threads": threads,
                 "about": case.about,
             }
         )
         print("  ".join(str(value) for value in list(rows[-1].values())[:-1]), flush=True)
+
+    for implementation, seconds in measured.items():
+        if results := all_results[implementation]:
+            memory = None if case.in_cache else extra_memory(implementation, name, backward)
+            add(implementation, seconds, memory, f"{largest_error(results, expected):.1e}")
+        else:
+            add(implementation, seconds, None, "")
+    if least is not None:
+        add("bound", [least], None, "")
+    torch.set_num_threads(before)
     return rows
 
 
@@ -296,6 +352,7 @@ def write_table(results: Path) -> None:
         "implementation",
         "ms",
         "times faster than the first",
+        "% of the bound",
         "extra MiB",
         "largest relative error",
     ]
@@ -313,8 +370,8 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--rounds", type=int, default=9, help="most turns of each implementation")
-    parser.add_argument("--seconds", type=float, default=20, help="no turn starts later than this")
+    parser.add_argument("--rounds", type=int, default=7, help="most turns of each implementation")
+    parser.add_argument("--seconds", type=float, default=3, help="no turn starts later than this")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to measure")
     parser.add_argument("--output", type=Path, default=RESULTS / "selective_scan.csv", help="where to write the table")
     parser.add_argument("--table", action="store_true", help="only write the table of the documentation again")
@@ -328,17 +385,19 @@ def main() -> None:
     if arguments.table:
         write_table(arguments.output)
         return
+    if find_spec("mambapy") is None:
+        print("mambapy is not installed, so not compared: pip install --no-deps mambapy", file=sys.stderr)
+    arguments.output.parent.mkdir(exist_ok=True)
+    description = arguments.output.with_name(f"{arguments.output.stem}_machine.json")
+    description.write_text(json.dumps(machine(), indent=1) + "\n")
     rows = []
     for name in arguments.only:
         for backward in (False, True):
             rows += rows_of(name, CASES[name], backward, arguments.rounds, arguments.seconds)
-    arguments.output.parent.mkdir(exist_ok=True)
-    with arguments.output.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    description = arguments.output.with_name(f"{arguments.output.stem}_machine.json")
-    description.write_text(json.dumps(machine(), indent=1) + "\n")
+        with arguments.output.open("w", newline="") as stream:  # after every case, should the rest be cut off
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     if arguments.output.parent == RESULTS:
         write_table(arguments.output)
 
