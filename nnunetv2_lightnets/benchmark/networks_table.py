@@ -59,11 +59,15 @@ def table(patch: list[int], channels: int, classes: int) -> list[str]:
         trainer = find_trainer(trainer_name)
         assert trainer is not None
         ours = issubclass(trainer, LightNetsTrainer)
-        with torch.device("meta"):  # shapes are enough to count
-            if ours:
-                network = trainer.trained_network(configuration, channels, classes, False)
-            else:
-                network = trainer.build_network_architecture(plans, configuration, channels, classes, False)
+        try:
+            with torch.device("meta"):  # shapes are enough to count
+                if ours:
+                    network = trainer.trained_network(configuration, channels, classes, False)
+                else:
+                    network = trainer.build_network_architecture(plans, configuration, channels, classes, False)
+        except LightNetsError as error:  # it needs a library that is not installed
+            lines.append(f"{trainer_name:<38}{error}")
+            continue
         name = trainer.network_name if ours else type(network).__name__
         exists = ", ".join(f"{d}D" for d in (network_entry(name).spatial_dims if ours else (2, 3)))
         parameters, macs = count_parameters(network), count_macs(network, channels, setting.patch)
