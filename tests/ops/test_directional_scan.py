@@ -120,6 +120,16 @@ def test_equals_the_definition(backend, dtype, channels_last, seed, shape, asser
     _check(backend, arguments, scan_order(shape), True, dtype, assert_close)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_volumes_equal_the_definition(backend, dtype, assert_close):
+    """Six directions through a volume: three axis orders, forwards and backwards."""
+    axes = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
+    order = scan_order((3, 4, 7), [(a, backwards) for backwards in (False, True) for a in axes])
+    arguments = _arguments(2, 5, 84, 3, 6, channels_last=True)
+    _check(backend, arguments, order, True, dtype, assert_close)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 7), st.integers(1, 12)),

@@ -51,6 +51,17 @@ def test_shapes(backend, dtype, case, expected, assert_close):
     assert_close(scan.run(backend), wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.skipif("native" not in BACKENDS, reason="the C library is not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("length", "state", "channels"), [(1024, 16, 33), (2047, 5, 8), (2049, 16, 17), (4096, 64, 2), (4097, 16, 40)]
+)
+def test_native_over_many_chunks(length, state, channels, dtype, make_scan, assert_close):
+    """Against the torch backend in float64, which is fast enough at these lengths."""
+    scan = make_scan(batch=1, length=length, state=state, channels=channels, layout="channels-last").to(dtype)
+    assert_close(scan.run("native"), scan.to(torch.float64).run("torch"), TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flags", range(16))
 def test_optional_arguments(backend, flags, expected, assert_close):
@@ -92,7 +103,7 @@ def test_only_the_last_state_is_used(backend, make_scan):
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=520, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     case=st.fixed_dictionaries(
