@@ -12,10 +12,10 @@ from tests.ops.triton_process import TritonProcess
 pytest.importorskip("triton.backends.nvidia")
 
 
-def _resources(folder: Path, capabilities: list[int], **case: Any) -> list[dict[str, Any]]:
+def _resources(folder: Path, capabilities: list[int], kind: str = "plain", **case: Any) -> list[dict[str, Any]]:
     process = TritonProcess(folder, interpret=False)
     try:
-        found: list[dict[str, Any]] = process("resources", kind="plain", capabilities=capabilities, **case)
+        found: list[dict[str, Any]] = process("resources", kind=kind, capabilities=capabilities, **case)
     finally:
         process.close()
     return found
@@ -42,3 +42,14 @@ def test_a_long_scan_spills_no_registers(tmp_path: Path) -> None:
     found = _resources(tmp_path, capabilities, batch=1, channels=64, length=262_144, states=16, dtype="float32")
     kernels = {"segment_ends", "carry", "forward", "adjoint_ends", "backward"}
     _check(found, {f"{name}_kernel" for name in kernels}, capabilities)
+
+
+@pytest.mark.slow
+def test_a_directional_scan_spills_no_registers(tmp_path: Path) -> None:
+    """Swin-UMamba's widest scans, 80 x 80 pixels in four directions, forwards and backwards."""
+    capabilities = [80, 86, 90]
+    case = {"batch": 2, "channels": 768, "length": 6_400, "states": 16, "directions": 4, "dtype": "float32"}
+    found = _resources(tmp_path, capabilities, kind="directional", **case)
+    kernels = {x["kernel"] for x in found}
+    assert {"forward_kernel", "backward_kernel"} <= kernels
+    _check(found, kernels, capabilities)
