@@ -1,12 +1,25 @@
-"""Everything of nnU-Net that we touch: its failure names the symbol that a new release has moved or changed."""
+"""Everything of nnU-Net that we touch: its failure names the symbol that a new release has moved or changed.
+
+``.ci/contract`` runs this file against each release that we support.
+"""
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
 import inspect
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WHEELS = os.environ.get("LIGHTNETS_NNUNET_WHEELS")  # folder of other releases
 
 
 def symbol(path: str) -> Any:
@@ -54,8 +67,65 @@ SIGNATURES = {
     "nnunetv2.utilities.helpers:dummy_context.__init__": None,
     "nnunetv2.paths:nnUNet_extTrainer": None,
     "nnunetv2.utilities.plans_handling.plans_handler:PlansManager.get_configuration": ["self", "configuration_name"],
+    "nnunetv2.utilities.plans_handling.plans_handler:PlansManager.get_label_manager": None,
+    "nnunetv2.utilities.get_network_from_plans:get_network_from_plans": [
+        "arch_class_name",
+        "arch_kwargs",
+        "arch_kwargs_req_import",
+        "input_channels",
+        "output_channels",
+        "allow_init",
+        "deep_supervision",
+    ],
+    "nnunetv2.utilities.label_handling.label_handling:determine_num_input_channels": [
+        "plans_manager",
+        "configuration_or_config_manager",
+        "dataset_json",
+    ],
+    "nnunetv2.experiment_planning.experiment_planners.network_topology:get_pool_and_conv_props": [
+        "spacing",
+        "patch_size",
+        "min_feature_map_size",
+        "max_numpool",
+    ],
+    "nnunetv2.experiment_planning.plan_and_preprocess_api:preprocess_dataset": [
+        "dataset_id",
+        "plans_identifier",
+        "configurations",
+        "num_processes",
+        "verbose",
+        "show_progress_bar",
+    ],
 }
-PROPERTIES = ("patch_size", "batch_size", "pool_op_kernel_sizes")
+PROPERTIES = (
+    "patch_size",
+    "batch_size",
+    "pool_op_kernel_sizes",
+    "data_identifier",
+    "network_arch_class_name",
+    "network_arch_init_kwargs",
+    "network_arch_init_kwargs_req_import",
+    "previous_stage_name",
+)
+
+
+def imports() -> list[str]:
+    """Each name that our code imports from nnU-Net, wherever in a file it does, as ``module:name``."""
+    found = set()
+    for folder in ("nnunetv2_lightnets", "plans", "trainers"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "nnunetv2":
+                    found |= {f"{node.module}:{alias.name}" for alias in node.names}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", imports())
+def test_imports(path: str) -> None:
+    try:
+        symbol(path)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"nnU-Net no longer has {path}: {error}")
 
 
 @pytest.mark.parametrize("path", SIGNATURES)
@@ -115,6 +185,29 @@ SOURCES = {
     ],
     "nnunetv2.run.run_training:get_trainer_from_args": ["recursive_find_trainer_class_by_name(trainer_name)"],
     "nnunetv2.run.load_pretrained_weights:load_pretrained_weights": ["'.seg_layers.'"],
+    # What the planner's plans rely on: the class by its dotted path, outputs by strides, the last weight 0.
+    "nnunetv2.utilities.get_network_from_plans:get_network_from_plans": [
+        "pydoc.locate(network_class)",
+        "architecture_kwargs['deep_supervision'] = deep_supervision",
+        "input_channels=input_channels",
+        "num_classes=output_channels",
+        "**architecture_kwargs",
+    ],
+    f"{TRAINER}.set_deep_supervision_enabled": ["mod.decoder.deep_supervision = enabled"],
+    f"{TRAINER}._get_deep_supervision_scales": ["np.cumprod(", "pool_op_kernel_sizes", "[:-1]"],
+    f"{TRAINER}._build_loss": ["1 / (2 ** i)", "weights[-1] = 0", "weights / weights.sum()", "DeepSupervisionWrapper("],
+    "nnunetv2.training.loss.deep_supervision:DeepSupervisionWrapper.forward": ["if weights[i] != 0.0"],
+    "nnunetv2.paths:nnUNet_results.get": ["os.environ.get(self.env_var_name)"],
+    "nnunetv2.preprocessing.preprocessors.default_preprocessor:DefaultPreprocessor.run": ["data_identifier", "rmtree("],
+    "nnunetv2.experiment_planning.experiment_planners.default_experiment_planner:ExperimentPlanner.__init__": [
+        "self.UNet_min_batch_size = 2",
+        "self.max_dataset_covered = 0.05",
+    ],
+    # Words of its errors, which we shorten to one line.
+    "nnunetv2.utilities.dataset_name_id_conversion:convert_id_to_dataset_name": [
+        "Could not find a dataset with the ID"
+    ],
+    "nnunetv2.utilities.find_objects:recursive_find_trainer_class_by_name": ["Could not find requested nnunet trainer"],
 }
 
 
@@ -126,3 +219,30 @@ def test_sources_we_rely_on(path: str) -> None:
         found = source.find(fragment, at + 1)
         assert found >= 0, f"nnU-Net's {path} no longer has {fragment!r}, or not in this order"
         at = found
+
+
+@pytest.mark.slow
+def test_other_releases(tmp_path: Path) -> None:
+    """This file, against every wheel of nnU-Net in the folder that LIGHTNETS_NNUNET_WHEELS names."""
+    wheels = sorted(Path(WHEELS).glob("nnunetv2-*.whl")) if WHEELS else []
+    if not wheels:
+        pytest.skip("LIGHTNETS_NNUNET_WHEELS names no folder with wheels of nnU-Net; .ci/contract gets them")
+    for wheel in wheels:
+        release = tmp_path / wheel.stem
+        zipfile.ZipFile(wheel).extractall(release)
+        kept = {key: value for key, value in os.environ.items() if key != "LIGHTNETS_NNUNET_WHEELS"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-rs", __file__],
+            env=kept | {"PYTHONPATH": str(release), "LIGHTNETS_NNUNET_RELEASE": wheel.name.split("-")[1]},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{wheel.name}\n{done.stdout[-4000:]}"
+
+
+def test_release_is_the_one_meant() -> None:
+    expected = os.environ.get("LIGHTNETS_NNUNET_RELEASE", version("nnunetv2"))
+    found = importlib.util.find_spec("nnunetv2")
+    assert version("nnunetv2") == expected, f"nnU-Net {version('nnunetv2')} at {found}, expected {expected}"
