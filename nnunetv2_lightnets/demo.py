@@ -9,10 +9,13 @@ The labels are nearly a function of intensity: good for a demo, not for claims a
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,14 +28,18 @@ from nnunetv2_lightnets.errors import LightNetsError
 DATASET_ID = 990
 DATASET = f"Dataset{DATASET_ID}_MNI152Demo"
 CONFIGURATION = "3d_fullres"
-TRAINER = "nnUNetTrainerLightMUNetDemo_7epochs_25iters"
+TRAINER = "nnUNetTrainerLightMUNetDemo_7epochs_30iters"
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 # One hemisphere of the template at 1 mm, cut into blocks: start and number of blocks along each axis.
-BLOCK = (36, 45, 48)
-FIRST = (98, 27, 8)
+BLOCK = (32, 40, 48)
+FIRST = (98, 36, 4)
 BLOCKS = (2, 4, 3)
 HELD_OUT_SLAB = 2  # of the four along the second axis (back to front)
 _PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+# Into a file or a pipe, too, a step is announced when it begins.
+say = functools.partial(print, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,17 +104,22 @@ class Demo:
 
     def run(self) -> None:
         """All steps in order; a step whose result exists is not repeated."""
-        print(f"This demo works in {self.folder}, on {self.device}, with {self.trainer}:")
-        print("LightM-UNet at width 8 (0.38 M parameters), the width that fits a few minutes on two CPU cores.\n")
+        say(f"This demo works in {self.folder}, on {self.device}, with {self.trainer}.")
+        if self.trainer == TRAINER:
+            say(
+                "That is LightM-UNet at width 8 (0.38 M parameters), the width that fits a few minutes on two CPU\n"
+                "cores, with a high learning rate and without data augmentation: for this demo, not for your data."
+            )
+        say()
         for name in _PATHS:
-            print(f"$ export {name}={shlex.quote(str(self.paths[name]))}")
+            say(f"$ export {name}={shlex.quote(str(self.paths[name]))}")
 
         if not (self.raw / "dataset.json").exists():
             started = time.perf_counter()
-            print("\nCutting blocks from the MNI152 template (nilearn)")
+            say("\nCutting blocks from the MNI152 template (nilearn)")
             n_train, n_test = make_dataset(self.raw)
             self.seconds["data set"] = time.perf_counter() - started
-            print(f"  {n_train} blocks to train on, {n_test} held out: a coronal slab of the same hemisphere")
+            say(f"  {n_train} blocks to train on, {n_test} held out: a coronal slab of the same hemisphere")
 
         preprocessed = self.paths["nnUNet_preprocessed"] / DATASET
         self.command(
@@ -118,7 +130,7 @@ class Demo:
         resume = ["--c"] if any(self.model.glob("fold_0/checkpoint_*.pth")) else []
         train = ["nnUNetv2_train", str(DATASET_ID), CONFIGURATION, "0", "-tr", self.trainer, "-device", self.device]
         self.command("train", train + resume, done=self.model / "fold_0" / "validation" / "summary.json", show="epoch")
-        predictions = self.folder / "predictions"
+        predictions = self.folder / "predictions" / self.trainer
         images = str(self.raw / "imagesTs")
         predict = ["nnUNetv2_predict", "-i", images, "-o", str(predictions), "-d", str(DATASET_ID), "-c", CONFIGURATION]
         predict += ["-f", "0", "-tr", self.trainer, "-device", self.device, "-npp", "1", "-nps", "1"]
@@ -133,9 +145,9 @@ class Demo:
 
         Its output goes to ``logs/<step>.log``; with ``show="epoch"`` the lines of progress are shown too.
         """
-        print(f"\n$ {shlex.join(command)}")
+        say(f"\n$ {shlex.join(command)}")
         if done.exists():
-            print("  done before")
+            say("  done before")
             return
         executable = shutil.which(command[0], path=os.path.dirname(sys.executable)) or shutil.which(command[0])
         if executable is None:
@@ -152,6 +164,7 @@ class Demo:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
+                start_new_session=True,  # its workers are ended with it
             ) as process,
         ):
             assert process.stdout is not None
@@ -160,9 +173,9 @@ class Demo:
                     file.write(line)
                     lines.append(line.rstrip())
                     if show == "epoch" and any(word in line for word in (": Epoch ", "Pseudo dice", "Mean Validation")):
-                        print("  " + line.split(": ", 1)[-1].rstrip(), flush=True)
+                        say("  " + line.split(": ", 1)[-1].rstrip())
             except BaseException:
-                process.terminate()
+                _end(process)
                 raise
         if process.returncode != 0:
             last = next((line for line in reversed(lines) if line.strip()), "")
@@ -170,36 +183,49 @@ class Demo:
         if done.name == ".demo_done":  # nnU-Net writes many files here and none of them last
             done.touch()
         self.seconds[step] = time.perf_counter() - started
-        print(f"  {self.seconds[step]:.0f} s")
+        say(f"  {self.seconds[step]:.0f} s")
 
     def report(self, predictions: Path) -> None:
         """Dice per class, times, a picture, and the next command."""
         summary = json.loads((predictions / "summary.json").read_text())
         dice = {name: summary["mean"][str(value)]["Dice"] for name, value in LABELS.items() if value}
-        print("\nDice on the held-out blocks (nnU-Net's own evaluation)")
+        say("\nDice on the held-out blocks (nnU-Net's own evaluation)")
         for name, value in dice.items():
-            print(f"  {name:<14}{value:.3f}")
+            say(f"  {name:<14}{value:.3f}")
         if self.seconds:
-            print("Seconds")
+            say("Seconds")
             for step, seconds in self.seconds.items():
-                print(f"  {step:<22}{seconds:6.0f}")
-            print(f"  {'all':<22}{sum(self.seconds.values()):6.0f}")
+                say(f"  {step:<22}{seconds:6.0f}")
+            say(f"  {'all':<22}{sum(self.seconds.values()):6.0f}")
         picture = self.folder / "demo.png"
         draw(self.raw, predictions, dice, picture)
-        print(f"Picture: {picture}")
+        say(f"Picture: {picture}")
         base = self.trainer.split("_")[0]
         for suffix in ("Demo", "T", "S"):
             base = base.removesuffix(suffix)
-        print(
+        say(
             "\nNext, your own data: put it into nnU-Net's format under your nnUNet_raw, then\n"
             "  nnUNetv2_plan_and_preprocess -d YOUR_ID\n"
             f"  nnUNetv2_train YOUR_ID 3d_fullres 0 -tr {base}"
         )
 
 
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a command and all its workers; it gets a few seconds to do so by itself."""
+    if not hasattr(os, "killpg"):  # Windows
+        process.kill()
+        return
+    for blow in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, blow)
+            process.wait(5)
+
+
 def make_dataset(folder: Path) -> tuple[int, int]:
     """Write the demo's data set in nnU-Net's raw format; returns the numbers of training and held-out blocks.
 
+    The template is standardised as a whole, to mean 0 and standard deviation 1 in the brain, and nnU-Net leaves the
+    blocks as they are (``noNorm``): standardised one by one, blocks of little grey matter would turn it white.
     Labels: voxels whose grey- (1) or white-matter (2) probability is the larger one and at least 0.5.
 
     Raises:
@@ -218,6 +244,8 @@ def make_dataset(folder: Path) -> tuple[int, int]:
     image = template.get_fdata(dtype=np.float32)
     grey = datasets.load_mni152_gm_template(resolution=1).get_fdata(dtype=np.float32)
     white = datasets.load_mni152_wm_template(resolution=1).get_fdata(dtype=np.float32)
+    brain = image[image > 0]
+    image = (image - brain.mean()) / brain.std()
     label = np.zeros(image.shape, np.uint8)
     label[(grey >= 0.5) & (grey >= white)] = LABELS["grey matter"]
     label[(white >= 0.5) & (white > grey)] = LABELS["white matter"]
@@ -236,7 +264,7 @@ def make_dataset(folder: Path) -> tuple[int, int]:
         nibabel.save(nibabel.Nifti1Image(label[block], affine), folder / f"labels{part}" / f"{case}.nii.gz")
         counts[part] += 1
     description: Mapping[str, Any] = {
-        "channel_names": {"0": "T1"},
+        "channel_names": {"0": "noNorm"},
         "labels": LABELS,
         "numTraining": counts["Tr"],
         "file_ending": ".nii.gz",
@@ -248,7 +276,7 @@ def make_dataset(folder: Path) -> tuple[int, int]:
 
 
 def draw(raw: Path, predictions: Path, dice: Mapping[str, float], file: Path) -> None:
-    """Image, truth and prediction of three held-out blocks side by side."""
+    """Image, truth and prediction side by side, of the three held-out blocks with most foreground."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -259,7 +287,9 @@ def draw(raw: Path, predictions: Path, dice: Mapping[str, float], file: Path) ->
     from matplotlib.patches import Patch
 
     colours = ["#000000", "#56b4e9", "#e69f00"]  # told apart by colour-blind readers too
-    cases = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTs").glob("*.nii.gz"))[:3]
+    labels = sorted((raw / "labelsTs").glob("*.nii.gz"))
+    fullest = sorted(labels, key=lambda path: np.count_nonzero(nibabel.load(path).get_fdata()))[-3:]
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in fullest)
     figure, axes = plt.subplots(len(cases), 3, figsize=(8.5, 2.9 * len(cases) + 0.8), layout="constrained")
     for row, case in zip(axes, cases, strict=True):
         image = nibabel.load(raw / "imagesTs" / f"{case}_0000.nii.gz").get_fdata()

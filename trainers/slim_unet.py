@@ -62,7 +62,7 @@ def closest_features(features: Sequence[int], target: int, count: Callable[[tupl
     return min(candidates[low], candidates[high], key=lambda candidate: abs(count(candidate) - target))
 
 
-class nnUNetTrainerSlimUNet(nnUNetTrainer):  # type: ignore[misc] # nnU-Net carries no types
+class nnUNetTrainerSlimUNet(nnUNetTrainer):
     """nnU-Net's network with about the MACs of LightM-UNet S.
 
     Attributes:
