@@ -16,6 +16,7 @@ from nnunetv2_lightnets.discovery.start_up import DISABLE, SHIM_FOLDER, VARIABLE
 
 TRAINER = "nnUNetTrainerLightMUNetT_1epochs"
 # Runs in a process of its own: it must see what nnUNetv2_train would see, and may die.
+_NNUNET = "2.8"  # the minor release whose trainer contract we follow
 _SEARCH = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 print("FOUND", find({TRAINER!r}).__name__)
@@ -61,8 +62,13 @@ def versions() -> list[Finding]:
     for package in ("nnunetv2", "torch"):
         if importlib.util.find_spec(package) is None:
             found.append(Finding(package, "not installed", f"pip install {package}", fatal=True))
+            continue
+        version = importlib.metadata.version(package)
+        if package == "nnunetv2" and not version.startswith(f"{_NNUNET}."):
+            remedy = f"pip install 'nnunetv2~={_NNUNET}.0'; other releases build and train networks in another way"
+            found.append(Finding(package, f"{version}, not {_NNUNET}", remedy, fatal=True))
         else:
-            found.append(Finding(package, importlib.metadata.version(package)))
+            found.append(Finding(package, version))
     return found
 
 
@@ -123,9 +129,8 @@ def trainer_search() -> list[Finding]:
         return [Finding("nnU-Net finds our trainers", "yes")]
     inspected = [line.split(":")[-1].strip() for line in process.stdout.splitlines() if "Inspecting module" in line]
     culprit = f" (after inspecting {inspected[-1]})" if inspected and inspected[-1] != "lightnets_trainers" else ""
-    return [
-        Finding("nnU-Net finds our trainers", f"no{culprit}: {_last_line(process.stderr)}", "see above", fatal=True)
-    ]
+    remedy = "if nothing above says FAIL, repair or remove the package that the message names, and look again"
+    return [Finding("nnU-Net finds our trainers", f"no{culprit}: {_last_line(process.stderr)}", remedy, fatal=True)]
 
 
 def device() -> list[Finding]:
