@@ -24,6 +24,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.freezing import backward
 from nnunetv2_lightnets.networks import create_network, list_networks, network_entry
 from nnunetv2_lightnets.networks.inference import PredictionNetwork
+from nnunetv2_lightnets.trainers import TRAINERS
 
 # Under automatic mixed precision single steps may overflow: the gradient scaler skips them. A run of them is a fault.
 MAX_SKIPPED_STEPS = 20
@@ -93,10 +94,12 @@ class LightNetsTrainer(nnUNetTrainer):
             )
         dims = len(PlansManager(plans).get_configuration(configuration).patch_size)
         if dims not in network_entry(cls.network_name).spatial_dims:
-            others = ", ".join(list_networks(dims))
+            # The first trainer in a file is its network's own; the rest are sizes and controls.
+            first = {network: trainer for trainer, network in reversed(TRAINERS.items())}
+            others = ", ".join(first[network] for network in list_networks(dims) if network in first)
             raise LightNetsError(
                 f"{cls.__name__} cannot train {configuration}: {cls.network_name} does not exist in {dims}D; "
-                f"networks that do: {others} (nnUNetv2_lightnets networks shows their trainers)"
+                f"trainers that can: {others}"
             )
 
     @classmethod

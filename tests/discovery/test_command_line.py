@@ -39,6 +39,7 @@ MISSPELT_MODEL = "Dataset001_X/nnUNetTrainerLightMUnet__nnUNetPlans__2d"
         (AssertionError("Torch not compiled with CUDA enabled"), "-device cpu"),
         (AssertionError("Cannot set --c and --val flag at the same time. Dummy."), "--c and --val"),
         (AssertionError("Key a.b is missing in the pretrained model. Not compatible with your network."), "Key a.b"),
+        (ValueError("invalid literal for int() with base 10: 'x'"), "a number or 'all', not 'x'"),
         (KeyboardInterrupt(), "--c"),
     ],
 )
