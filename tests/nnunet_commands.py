@@ -62,6 +62,19 @@ class NNUNet:
             timeout=900,
         )
 
+    def start(self, command: str, *arguments: str) -> subprocess.Popen[str]:
+        """One command that goes on while the caller reads its output; all its processes are in one group."""
+        executable = Path(sys.executable).parent / command
+        return subprocess.Popen(
+            [str(executable), *arguments],
+            env=self.environment | {"PYTHONUNBUFFERED": "1"},
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
     def must(self, command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         done = self.run(command, *arguments, **environment)
         assert done.returncode == 0, f"{command} {' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,32 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
     assert list(tmp_path.glob("*.partial")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_killed_while_saving_the_previous_checkpoint_loads(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    before = file.read_bytes()
+
+    def killed(checkpoint: Any, stream: Any) -> None:
+        stream.write(b"half a checkpoint")
+        stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        torch.save = killed
+        trainer.save_checkpoint(str(file))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert file.read_bytes() == before
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    trainer.save_checkpoint(str(file))  # the half one left behind is in nobody's way
+    assert list(tmp_path.glob("*.partial")) == []
+    make_trainer().load_checkpoint(str(file))
 
 
 def test_a_truncated_checkpoint_is_named(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
