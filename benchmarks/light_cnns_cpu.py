@@ -2,7 +2,8 @@
 
     python benchmarks/light_cnns_cpu.py [--threads 2] [--turns 15]
 
-writes ``benchmarks/results/light_cnns_cpu.csv``. One image of 3x256x256 and one volume of 1x64x64x64, and for each:
+writes ``benchmarks/results/light_cnns_cpu.csv`` and from it the table in ``docs/ultralight_unet.md`` (``--out`` writes
+only a CSV elsewhere). One image of 3x256x256 and one volume of 1x64x64x64, and for each:
 
 - ``PlainConvUNet``: nnU-Net's network with 6 stages (2D: 32 to 512 features, 3D: 32 to 320), and the same with its
   channels last in memory;
@@ -62,6 +63,9 @@ GOALS = {  # times PlainConvUNet, prepared
 }
 GOAL_AS_PUBLISHED = 2  # times the network as published, prepared
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+RESULTS = Path(__file__).parent / "results" / "light_cnns_cpu.csv"
+PAGE = Path(__file__).parents[1] / "docs" / "ultralight_unet.md"
+BEGIN, END = "<!-- table: benchmarks/light_cnns_cpu.py -->", "<!-- end of speed -->"
 LEAST_OF = 15  # repetitions of a step alone
 
 
@@ -338,13 +342,23 @@ def measure(spatial_dims: int, turns: int) -> Iterator[dict[str, Any]]:
     yield from rows_of("training step", patch, take_turns(steps, max(3, turns // 5)), parameters)
 
 
+def write_table(columns: Sequence[str], rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
+    """Replace the page's table, and name the machine."""
+    lines = ["; ".join(f"{key}: {value}" for key, value in described.items()), ""]
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+
+
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--turns", type=int, default=15, help="timed turns")
     parser.add_argument("--dims", type=int, nargs="+", choices=(2, 3), default=[2, 3], help="images, volumes or both")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "light_cnns_cpu.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -361,6 +375,8 @@ def main() -> None:
         writer = csv.DictWriter(stream, [*columns, *described], restval="")
         writer.writeheader()
         writer.writerows(row | described for row in rows)
+    if arguments.out == RESULTS:
+        write_table(columns, rows, described)
 
 
 if __name__ == "__main__":

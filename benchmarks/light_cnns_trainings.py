@@ -1,14 +1,15 @@
 """Short trainings of U-Lite and UltraLightUNet with nnU-Net's commands, predicted and evaluated on held-out cases.
 
-    python benchmarks/light_cnns_trainings.py --folder WORK --raw RAW [--budget _5epochs_20iters] [--trainer NAME ...]
+    python benchmarks/light_cnns_trainings.py --folder WORK --raw RAW [--budget _2epochs_15iters] [--trainer NAME ...]
 
 takes the data sets of CASES from RAW (in nnU-Net's raw format) and, for each of them and each trainer, runs
 
     nnUNetv2_plan_and_preprocess, nnUNetv2_train (fold 0), nnUNetv2_predict and nnUNetv2_evaluate_folder
 
-in nnU-Net folders under WORK. A row of ``benchmarks/results/light_cnns_trainings.csv`` is written after each; what is
-there already is not done again. ``nnUNetTrainer`` is nnU-Net's own, with the same budget. The scores show that
-recipes learn, at a budget far below nnU-Net's 1000 epochs; they rank nothing.
+in nnU-Net folders under WORK, with copies of nnU-Net's plans that have small patches and batches, and HELD_OUT cases of
+fold 0's validation. A row of ``benchmarks/results/light_cnns_trainings.csv`` is written after each; what is there
+already is not done again. The table in ``docs/ultralight_unet.md`` is made of these rows. The trainings are so short
+that they show that the trainers work, and nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -16,15 +17,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from nnunet_server import Commands
 
 from nnunetv2_lightnets.benchmark.worker import machine
 
@@ -40,73 +38,84 @@ TRAINERS = (
     "nnUNetTrainerUltraLightUNet",
     "nnUNetTrainerUltraLightUNetM",
     "nnUNetTrainerUltraLightUNetL",
-    "nnUNetTrainer",
 )
 RESULTS = Path(__file__).parent / "results" / "light_cnns_trainings.csv"
-COLUMNS = ("data set", "configuration", "trainer", "held-out cases", "Dice", "training minutes", "prediction seconds")
+COLUMNS = ("data set", "configuration", "trainer", "held-out cases", "Dice")
 
 
-class NNUNet:
-    """nnU-Net's commands, with their folders."""
-
-    def __init__(self, folder: Path, raw: Path, threads: int) -> None:
-        self.raw, self.preprocessed, self.results = raw, folder / "preprocessed", folder / "results"
-        for path in (self.preprocessed, self.results):
-            path.mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | {
-            "nnUNet_raw": str(raw),
-            "nnUNet_preprocessed": str(self.preprocessed),
-            "nnUNet_results": str(self.results),
-            "nnUNet_def_n_proc": "1",
-            "nnUNet_n_proc_DA": "1",
-            "OMP_NUM_THREADS": str(threads),
-        }
-
-    def run(self, command: str, *arguments: str) -> float:
-        """Seconds that one command took."""
-        start = time.perf_counter()
-        subprocess.run([Path(sys.executable).parent / command, *arguments], env=self.environment, check=True)
-        return time.perf_counter() - start
+PAGE = Path(__file__).parents[1] / "docs" / "ultralight_unet.md"
+BEGIN, END = "<!-- table: benchmarks/light_cnns_trainings.py -->", "<!-- end of trainings -->"
+PLANS = "nnUNetPlansSmall"
+SMALL = {"2d": ([128, 128], 4), "3d_fullres": (None, 2)}  # patch (None: as planned) and batch
+HELD_OUT = 4
 
 
-def plan(nnunet: NNUNet, dataset: str, configuration: str) -> None:
-    """Plan and preprocess, once; the data set's own split takes the place of nnU-Net's."""
-    folder = nnunet.preprocessed / dataset
-    if (folder / f"nnUNetPlans_{configuration}").is_dir():
+def run(commands: Commands, command: str, *arguments: str | Path) -> None:
+    """One command; SystemExit with the end of its output if it fails."""
+    done = commands.run(command, *arguments)
+    if done.code != 0:
+        raise SystemExit(f"{command} {' '.join(map(str, arguments))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def plan(commands: Commands, raw: Path, dataset: str, configuration: str) -> None:
+    """Preprocess once, make the plans small, hold few cases out; a data set's own split is kept."""
+    folder = commands.preprocessed / dataset
+    if (folder / f"{PLANS}.json").is_file():
         return
+    if not (commands.raw / dataset).exists():
+        (commands.raw / dataset).symlink_to(raw / dataset)
     number = dataset[len("Dataset") :].partition("_")[0]
-    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "1")
-    split = nnunet.raw / dataset / "splits_final.json"
-    if split.is_file():
-        shutil.copy(split, folder)
+    run(commands, "nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "1")
+    own_split = raw / dataset / "splits_final.json"
+    if own_split.is_file():
+        split = json.loads(own_split.read_text())[0]
+    else:
+        cases = sorted(file.name.partition(".")[0] for file in (raw / dataset / "labelsTr").iterdir())
+        split = {"train": [c for i, c in enumerate(cases) if i % 5], "val": cases[::5]}
+    split["val"] = split["val"][:HELD_OUT]
+    (folder / "splits_final.json").write_text(json.dumps([split]))
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans["plans_name"] = PLANS
+    patch, batch = SMALL[configuration]
+    chosen = plans["configurations"][configuration]
+    chosen["patch_size"], chosen["batch_size"] = patch or chosen["patch_size"], batch
+    (folder / f"{PLANS}.json").write_text(json.dumps(plans, indent=1))
 
 
-def held_out(nnunet: NNUNet, dataset: str) -> tuple[Path, Path, int]:
+def held_out(commands: Commands, dataset: str) -> tuple[Path, Path, int]:
     """Folders of the images and labels of fold 0's validation cases, and their number."""
-    cases = json.loads((nnunet.preprocessed / dataset / "splits_final.json").read_text())[0]["val"]
-    images, labels = (nnunet.results / f"{dataset}_{part}" for part in ("images", "labels"))
+    cases = json.loads((commands.preprocessed / dataset / "splits_final.json").read_text())[0]["val"]
+    images, labels = (commands.folder / f"{dataset}_{part}" for part in ("images", "labels"))
     for folder in (images, labels):
         folder.mkdir(exist_ok=True)
     for case in cases:
         for source, target in (("imagesTr", images), ("labelsTr", labels)):
-            for file in (nnunet.raw / dataset / source).glob(f"{case}[._]*"):
+            for file in (commands.raw / dataset / source).glob(f"{case}[._]*"):
                 shutil.copy(file, target)
     return images, labels, len(cases)
 
 
-def train_and_evaluate(nnunet: NNUNet, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
+def train_and_evaluate(commands: Commands, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
     """One row of the table."""
-    training = nnunet.run("nnUNetv2_train", dataset, configuration, "0", "-tr", trainer, "-device", "cpu")
-    images, labels, number = held_out(nnunet, dataset)
-    out = nnunet.results / f"{dataset}_{configuration}_{trainer}"
-    model = ("-d", dataset, "-c", configuration, "-f", "0", "-tr", trainer)
-    workers = ("-device", "cpu", "-npp", "1", "-nps", "1")
-    prediction = nnunet.run("nnUNetv2_predict", "-i", str(images), "-o", str(out), *model, *workers)
-    files = ("-djfile", str(out / "dataset.json"), "-pfile", str(out / "plans.json"))
-    nnunet.run("nnUNetv2_evaluate_folder", str(labels), str(out), *files)
+    run(commands, "nnUNetv2_train", dataset, configuration, "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
+    images, labels, number = held_out(commands, dataset)
+    out = commands.folder / f"{dataset}_{configuration}_{trainer}"
+    model = ("-d", dataset, "-c", configuration, "-f", "0", "-tr", trainer, "-p", PLANS)
+    workers = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
+    run(commands, "nnUNetv2_predict", "-i", images, "-o", out, *model, *workers)
+    files = ("-djfile", out / "dataset.json", "-pfile", out / "plans.json")
+    run(commands, "nnUNetv2_evaluate_folder", labels, out, *files, "-np", "1")
     dice = json.loads((out / "summary.json").read_text())["foreground_mean"]["Dice"]
-    values = (dataset, configuration, trainer, number, f"{dice:.4f}", f"{training / 60:.1f}", f"{prediction:.0f}")
-    return dict(zip(COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS, (dataset, configuration, trainer, number, f"{dice:.4f}"), strict=True))
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Replace the page's table."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
 
 
 def main() -> None:
@@ -114,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where nnU-Net's folders go")
     parser.add_argument("--raw", type=Path, required=True, help="nnUNet_raw with the data sets of CASES")
-    parser.add_argument("--budget", default="_5epochs_20iters", help="suffix of the trainers' names")
+    parser.add_argument("--budget", default="_2epochs_15iters", help="suffix of the trainers' names")
     parser.add_argument("--trainer", action="append", choices=TRAINERS, help="repeatable; all by default")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -122,23 +131,26 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     described = machine(torch.device("cpu"))
     described = {key: described[key] for key in ("processor", "cores", "threads", "torch")}
-    nnunet = NNUNet(arguments.folder.resolve(), arguments.raw.resolve(), arguments.threads)
+    commands = Commands(arguments.folder.resolve(), threads=arguments.threads)
     rows: list[dict[str, Any]] = []
     if arguments.out.is_file():
         with arguments.out.open(newline="") as stream:
             rows = list(csv.DictReader(stream))
     done = {(row["data set"], row["configuration"], row["trainer"]) for row in rows}
     for dataset, configuration in CASES:
-        plan(nnunet, dataset, configuration)
+        plan(commands, arguments.raw.resolve(), dataset, configuration)
         for name in arguments.trainer or TRAINERS:
             trainer = name + arguments.budget
             if (dataset, configuration, trainer) in done:
                 continue
-            rows.append(train_and_evaluate(nnunet, dataset, configuration, trainer) | described)
+            rows.append(train_and_evaluate(commands, dataset, configuration, trainer) | described)
             with arguments.out.open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, [*COLUMNS, *described])
                 writer.writeheader()
                 writer.writerows(rows)
+            if arguments.out == RESULTS:
+                write_table(rows)
+    commands.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from nnunet_commands import DATASET, NNUNet
 from nnunetv2_lightnets.networks.inference import PredictionNetwork
+from nnunetv2_lightnets.networks.layers import BatchNorm
 from nnunetv2_lightnets.trainers import find_trainer
 
 PARAMETERS = {  # for one input channel and two classes, in 2D and 3D
@@ -22,6 +23,7 @@ PARAMETERS = {  # for one input channel and two classes, in 2D and 3D
     "nnUNetTrainerUltraLightUNetM": (1_150_046 - 454, 1_437_231 + 33),
     "nnUNetTrainerUltraLightUNetL": (3_758_062 - 902, 4_301_407 + 65),
 }
+NORMS = {"nnUNetTrainerULite": 11, "nnUNetTrainerUltraLightUNetT": 10 * 5 + 4 * 3}
 CONFIGURATIONS = {"2d": [40, 48], "3d_fullres": [12, 32, 24]}
 
 
@@ -103,6 +105,14 @@ def test_training_lowers_the_loss_and_prediction_is_of_the_trained_network(
     batch = {"data": data, "target": (data > 0).float()}
     losses = [float(trainer.train_step(batch)["loss"]) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.03
+    # Trained and stored is the network with its norms, also after a validation step: only prediction prepares a copy.
+    trainer.network.eval()
+    trainer.validation_step(batch)
+    modules = list(trainer.network.modules())
+    assert not any(isinstance(module, PredictionNetwork) for module in modules)
+    norms = sum(isinstance(module, BatchNorm) for module in modules)
+    assert norms == NORMS[name]
+    assert sum(key.endswith("running_mean") for key in trainer.network.state_dict()) == norms
 
     manager, plans = trainer.configuration_manager, trainer.plans_manager
     network = type(trainer).build_network_architecture(plans, manager, 1, 2, enable_deep_supervision=False)
