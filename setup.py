@@ -129,6 +129,8 @@ class BdistWheel(bdist_wheel):
     def run(self) -> None:
         self.run_command("build")
         self.root_is_pure = not Path(self.get_finalized_command("build_native").build_lib, LIBRARY).is_file()
+        # Without this setuptools would take all modules for platform-independent, and put them beside the root.
+        self.distribution.has_ext_modules = lambda: not self.root_is_pure
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
