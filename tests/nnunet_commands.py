@@ -62,12 +62,12 @@ class NNUNet:
             timeout=900,
         )
 
-    def start(self, command: str, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, command: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """One command that goes on while the caller reads its output; all its processes are in one group."""
         executable = Path(sys.executable).parent / command
         return subprocess.Popen(
             [str(executable), *arguments],
-            env=self.environment | {"PYTHONUNBUFFERED": "1"},
+            env=self.environment | environment | {"PYTHONUNBUFFERED": "1"},
             cwd="/",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -19,7 +19,7 @@ from nnunet_commands import DATASET, ID, NNUNet
 TRAINER = "nnUNetTrainerLightMUNetT_2epochs_5iters"
 
 
-@pytest.fixture(scope="module", params=["3d_fullres", "2d"])
+@pytest.fixture(scope="module", params=["3d_fullres", pytest.param("2d", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, nnunet: NNUNet) -> tuple[NNUNet, str]:
     configuration = request.param
     nnunet.must("nnUNetv2_train", str(ID), configuration, "0", "-tr", TRAINER, "-device", "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,53 @@ def test_volumes_are_refused_before_anything_is_written(
     with pytest.raises(LightNetsError, match=refusal):
         make_trainer(name, configuration="3d_fullres")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_resumed_at_any_epoch_around_the_switch_it_ends_the_same(
+    name: str, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recipes, "vmamba_path", lambda: "nowhere")
+    monkeypatch.setattr(recipes, "load_vmamba", lambda network, path: "random weights in place of ImageNet's")
+
+    def made(folder: str) -> Any:
+        monkeypatch.setenv("nnUNet_results", str(tmp_path / folder))
+        trainer = make_trainer(name)
+        trainer.num_epochs, trainer.save_every = FROZEN_EPOCHS + 2, 1
+        trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+        trainer.perform_actual_validation = lambda save_probabilities=False: None
+        return trainer
+
+    whole = made("whole")
+    states: list[dict[str, Tensor]] = []
+    save = whole.save_checkpoint
+
+    def save_and_keep(filename: str) -> None:
+        save(filename)
+        if filename.endswith("checkpoint_latest.pth"):
+            shutil.copy(filename, tmp_path / f"after_{whole.current_epoch + 1}.pth")
+            states.append({key: value.clone() for key, value in whole.network.state_dict().items()})
+
+    whole.save_checkpoint = save_and_keep
+    whole.run_training()
+    states.append(whole.network.state_dict())
+    assert len(states) == FROZEN_EPOCHS + 2
+    frozen = set(whole.network.frozen_parameters())
+    for epoch in range(1, len(states)):
+        moved = {
+            n
+            for n in dict(whole.network.named_parameters())
+            if not torch.equal(*(s[n] for s in states[epoch - 1 : epoch + 1]))
+        }
+        assert bool(moved & frozen) == (epoch >= FROZEN_EPOCHS), epoch
+        assert moved - frozen, epoch
+
+    for done in (FROZEN_EPOCHS - 1, FROZEN_EPOCHS, FROZEN_EPOCHS + 1):
+        torch.manual_seed(done)  # other random numbers than the first run has now
+        resumed = made(f"resumed after {done}")
+        resumed.load_checkpoint(str(tmp_path / f"after_{done}.pth"))
+        assert resumed.current_epoch == done
+        resumed.run_training()
+        for key, tensor in whole.network.state_dict().items():
+            assert torch.equal(tensor, resumed.network.state_dict()[key]), (done, key)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +44,11 @@ class Case:
     def fold(self) -> Path:
         return self.nnunet.model(self.trainer, "2d", self.dataset) / "fold_0"
 
-    def train(self, *more: str):
-        train = (self.dataset, "2d", "0", "-tr", self.trainer, "-device", "cpu", *more)
-        return self.nnunet.run("nnUNetv2_train", *train, **{CACHE_VARIABLE: str(self.cache)})
+    def arguments(self, *more: str) -> tuple[str, ...]:
+        return (self.dataset, "2d", "0", "-tr", self.trainer, "-device", "cpu", *more)
+
+    def train(self, *more: str) -> subprocess.CompletedProcess[str]:
+        return self.nnunet.run("nnUNetv2_train", *self.arguments(*more), **{CACHE_VARIABLE: str(self.cache)})
 
 
 @pytest.fixture(
@@ -98,9 +102,7 @@ def test_without_weights_training_stops_with_the_remedy(case: Case) -> None:
     assert list(case.fold.glob("checkpoint*")) == []
 
 
-def test_training_from_imagenet_interrupted_and_resumed_and_predicted_without_the_file(
-    case: Case, tmp_path: Path
-) -> None:
+def test_training_from_imagenet_killed_and_resumed_and_predicted_without_the_file(case: Case, tmp_path: Path) -> None:
     torch.save({"model": case.state}, tmp_path / "vmamba.pth")
     case.nnunet.must(
         "nnUNetv2_lightnets", "weights", "--from", str(tmp_path / "vmamba.pth"), **{CACHE_VARIABLE: str(case.cache)}
@@ -121,12 +123,16 @@ def test_training_from_imagenet_interrupted_and_resumed_and_predicted_without_th
             assert torch.equal(weights[name], case.state[key]), name
     assert final["optimizer_state"]["param_groups"][0]["lr"] < 1e-4
 
-    # An interruption in the second epoch, on a machine that has lost the ImageNet weights.
+    # The same training, killed in its second epoch, goes on where the ImageNet weights are lost.
+    shutil.rmtree(case.fold)
+    environment = {CACHE_VARIABLE: str(case.cache)}
+    with case.nnunet.start("nnUNetv2_train", *case.arguments(), **environment) as process:
+        for line in process.stdout:
+            if "Epoch 1" in line:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+    assert not (case.fold / "checkpoint_final.pth").exists()
     shutil.rmtree(case.cache)
-    final["current_epoch"] = 1
-    final["logging"] = {key: value[:1] for key, value in final["logging"].items()}
-    torch.save(final, case.fold / "checkpoint_latest.pth")
-    (case.fold / "checkpoint_final.pth").unlink()
     done = case.train("--c")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Epoch 1" in done.stdout
@@ -134,6 +140,11 @@ def test_training_from_imagenet_interrupted_and_resumed_and_predicted_without_th
     assert "ImageNet" not in done.stdout
     resumed = torch.load(case.fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
     assert all(torch.equal(resumed[name], weights[name]) for name in frozen)
+
+    shutil.rmtree(case.fold / "validation")
+    done = case.train("--val")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (case.fold / "validation" / "summary.json").is_file()
 
     out = tmp_path / "predictions"
     images = str(case.nnunet.raw / case.dataset / "imagesTs")
