@@ -61,10 +61,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.mark.parametrize(
     ("trainer", "cell"),
     [
-        ("nnUNetTrainerULite", "3d_lowres, fold all -> 3d_cascade_fullres"),
+        pytest.param("nnUNetTrainerULite", "3d_lowres, fold all -> 3d_cascade_fullres", marks=pytest.mark.slow),
         ("nnUNetTrainerLightMUNetT", "2d, regions and ignore label"),
         ("nnUNetTrainerUltraLightUNetT", "3d, bottleneck of one voxel, batch size 1"),
-        ("nnUNetTrainerULite", "best configuration, ensemble, postprocessing"),
+        pytest.param("nnUNetTrainerULite", "best configuration, ensemble, postprocessing", marks=pytest.mark.slow),
     ],
 )
 def test_a_cell_runs(commands: Commands, trainer: str, cell: str) -> None:
@@ -77,7 +77,7 @@ def test_a_trainer_for_2d_refuses_3d_in_one_line_and_writes_nothing(commands: Co
     row = matrix.run_cell("3d_fullres", commands, trainer)
     assert row["outcome"] == "refused"
     assert "does not exist in 3D" in row["reason"]
-    assert "lightm_unet" in row["reason"]
+    assert "nnUNetTrainerLightMUNet" in row["reason"]
     assert not list(commands.results.glob(f"*/{trainer}*"))
 
 

@@ -25,6 +25,7 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_python", lambda code: answer)
 
 
+@pytest.mark.slow
 def test_a_sound_installation() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "nnunetv2_lightnets.cli", "doctor"], cwd="/", capture_output=True, text=True, check=False

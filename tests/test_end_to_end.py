@@ -78,6 +78,7 @@ def test_a_killed_training_goes_on(trained: tuple[NNUNet, str]) -> None:
     assert all(len(values) == 3 for key, values in logged.items() if key == "train_losses"), logged
 
 
+@pytest.mark.slow
 def test_a_model_travels_as_a_zip(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
     nnunet, configuration = trained
     model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER)
@@ -93,6 +94,7 @@ def test_a_model_travels_as_a_zip(trained: tuple[NNUNet, str], tmp_path: Path) -
         assert here.read_bytes() == (tmp_path / "there" / here.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_pretrained_weights_of_another_class_count(nnunet: NNUNet, trained: tuple[NNUNet, str], tmp_path: Path) -> None:
     _, configuration = trained
     checkpoint = nnunet.model(TRAINER, configuration) / "fold_0" / "checkpoint_final.pth"
@@ -120,9 +122,15 @@ def test_pretrained_weights_of_another_class_count(nnunet: NNUNet, trained: tupl
     ("arguments", "words"),
     [
         (["999", "3d_fullres", "0", "-tr", TRAINER], "dataset with the ID 999"),
-        ([str(ID), "3d_lowres", "0", "-tr", TRAINER], "'3d_lowres' is not in the plans"),
+        pytest.param(
+            [str(ID), "3d_lowres", "0", "-tr", TRAINER], "'3d_lowres' is not in the plans", marks=pytest.mark.slow
+        ),
         ([str(ID), "3d_fullres", "0", "-tr", "nnUNetTrainerLightMUnet"], "did you mean nnUNetTrainerLightMUNet"),
-        ([str(ID), "3d_fullres", "0", "-tr", TRAINER, "-p", "nnUNetNoPlans"], "nnUNetNoPlans.json does not exist"),
+        pytest.param(
+            [str(ID), "3d_fullres", "0", "-tr", TRAINER, "-p", "nnUNetNoPlans"],
+            "nnUNetNoPlans.json does not exist",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_code_2(nnunet: NNUNet, arguments: list[str], words: str) -> None:

@@ -55,6 +55,7 @@ def make(nnunet: NNUNet) -> FrozenEncoder:
     return FrozenEncoder(plans, "2d", 0, description, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_frozen_then_trained_and_the_same_after_every_interruption(
     nnunet: NNUNet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
