@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 from nnunetv2_lightnets.errors import LightNetsError
 
@@ -33,13 +34,15 @@ def run(args: argparse.Namespace) -> int:
             raise LightNetsError(f"--{name} must be at least 1, got {getattr(args, name)}")
     patches = [args.patch] if args.patch else list(DEFAULT_PATCH.values())
     for patch in patches:
-        print("\n".join(table(patch, args.channels, args.classes)), end="\n\n")
+        for line in table(patch, args.channels, args.classes):
+            print(line, flush=True)
+        print()
     print("M: million parameters. GMAC: 10^9 multiply-accumulates of one forward pass of one patch, the scan included.")
     return 0
 
 
-def table(patch: list[int], channels: int, classes: int) -> list[str]:
-    """Lines of the table for one patch size: what each trainer builds from the plans that nnU-Net makes for it."""
+def table(patch: list[int], channels: int, classes: int) -> Iterator[str]:
+    """Lines of the table for one patch size: what each trainer builds from nnU-Net's plans, as soon as known."""
     import torch
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -53,8 +56,8 @@ def table(patch: list[int], channels: int, classes: int) -> list[str]:
     setting = patch_setting(patch, channels, classes)
     plans = PlansManager(setting.plans)
     configuration = plans.get_configuration(setting.configuration)
-    lines = [f"{len(patch)}D, {setting.title}"]
-    lines.append(f"{'trainer (-tr)':<38}{'network':<18}{'dims':<8}{'M':>9}{'GMAC':>10}")
+    yield f"{len(patch)}D, {setting.title}"
+    yield f"{'trainer (-tr)':<38}{'network':<18}{'dims':<8}{'M':>9}{'GMAC':>10}"
     for trainer_name in fitting_trainers(len(patch)):
         trainer = find_trainer(trainer_name)
         assert trainer is not None
@@ -66,10 +69,9 @@ def table(patch: list[int], channels: int, classes: int) -> list[str]:
                 else:
                     network = trainer.build_network_architecture(plans, configuration, channels, classes, False)
         except LightNetsError as error:  # it needs a library that is not installed
-            lines.append(f"{trainer_name:<38}{error}")
+            yield f"{trainer_name:<38}{error}"
             continue
         name = trainer.network_name if ours else type(network).__name__
         exists = ", ".join(f"{d}D" for d in (network_entry(name).spatial_dims if ours else (2, 3)))
         parameters, macs = count_parameters(network), count_macs(network, channels, setting.patch)
-        lines.append(f"{trainer_name:<38}{name:<18}{exists:<8}{parameters / 1e6:>9.3f}{macs / 1e9:>10.2f}")
-    return lines
+        yield f"{trainer_name:<38}{name:<18}{exists:<8}{parameters / 1e6:>9.3f}{macs / 1e9:>10.2f}"

@@ -368,7 +368,7 @@ def test_the_table_of_networks_counts_what_each_trainer_builds_from_the_plans(mo
 
     names = [f"nnUNetTrainer{name}" for name in ("ULite", "SlimUNetULite", "UMambaBot")]
     monkeypatch.setattr(measure, "fitting_trainers", lambda dims: names)
-    rows = {line.split()[0]: line.split() for line in table([40, 56], 1, 3)[2:]}
+    rows = {line.split()[0]: line.split() for line in list(table([40, 56], 1, 3))[2:]}
     assert list(rows) == names
     assert rows["nnUNetTrainerULite"][1:-1] == ["ulite", "2D,", "3D", "0.877"]
     assert rows["nnUNetTrainerUMambaBot"][1:-1] == ["umamba_bot", "2D,", "3D", "2.815"]  # 4 stages, as planned
