@@ -3,8 +3,9 @@
     python benchmarks/swin_umamba_forward.py [--size 320] [--repeats 5] [--threads N]
 
 writes ``benchmarks/results/swin_umamba_forward_cpu.csv``. Passes of the fast backends alternate, so that a busy moment
-of the machine hits them alike; the textbook loop (``reference``, what the authors' code runs without a GPU) takes
-about a minute and runs once, between them. Run it on a machine that does nothing else.
+of the machine hits them alike; the textbook loop (``reference``, what the authors' code runs without a GPU) runs once,
+between them. ``no scan`` is the network with its scans, and what projects for them, left out: no way to scan can make
+it faster than that. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 
 from nnunetv2_lightnets import create_network
+from nnunetv2_lightnets.networks.vss import SS2D
 from nnunetv2_lightnets.ops import available_backends, use_backend
 
 NETWORKS = ("swin_umamba", "swin_umamba_d")
@@ -33,17 +36,24 @@ def seconds(network: nn.Module, x: torch.Tensor, backend: str) -> float:
         return time.perf_counter() - start
 
 
+def seconds_without_scan(network: nn.Module, x: torch.Tensor) -> float:
+    """Time of one forward pass whose scans return their input."""
+    with mock.patch.object(SS2D, "_scanned", lambda self, u, size: u):
+        return seconds(network, x, "torch")
+
+
 def forward_seconds(name: str, size: int, repeats: int) -> dict[str, float]:
     """Median time by backend, for one image of ``size`` x ``size`` pixels, one channel and 14 classes."""
     network = create_network(name, spatial_dims=2, input_channels=1, num_classes=14).eval()
     x = torch.randn(1, 1, size, size)
     fast = [backend for backend in ("native", "torch") if available_backends()[backend] is None]
-    times: dict[str, list[float]] = {backend: [] for backend in (*fast, "reference")}
+    times: dict[str, list[float]] = {backend: [] for backend in (*fast, "no scan", "reference")}
     for backend in fast:
         seconds(network, x, backend)  # first use: memory, kernels
     for i in range(repeats):
         for backend in fast:
             times[backend].append(seconds(network, x, backend))
+        times["no scan"].append(seconds_without_scan(network, x))
         if i == repeats // 2:
             times["reference"].append(seconds(network, x, "reference"))
     return {backend: statistics.median(values) for backend, values in times.items()}
