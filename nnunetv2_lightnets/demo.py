@@ -28,7 +28,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 DATASET_ID = 990
 DATASET = f"Dataset{DATASET_ID}_MNI152Demo"
 CONFIGURATION = "3d_fullres"
-TRAINER = "nnUNetTrainerLightMUNetDemo_7epochs_30iters"
+TRAINER = "nnUNetTrainerLightMUNetDemo_6epochs_30iters"
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 # One hemisphere of the template at 1 mm, cut into blocks: start and number of blocks along each axis.
 BLOCK = (32, 40, 48)
