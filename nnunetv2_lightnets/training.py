@@ -273,9 +273,13 @@ class LightNetsTrainer(nnUNetTrainer):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, filename)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # torch.save closes its archive even when a write has failed, and this second failure is what arrives.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
             raise LightNetsError(
-                f"checkpoint {filename} could not be written: {error.strerror or error}; the previous one is kept. "
+                f"checkpoint {filename} could not be written: {reason.strerror or reason}; the previous one is kept. "
                 f"Free some space and go on with --c"
             ) from error
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from nnunet_commands import DATASET, NNUNet
+from nnunetv2_lightnets import training
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.trainers import find_trainer
 from nnunetv2_lightnets.training import MAX_SKIPPED_STEPS, LightNetsTrainer, strides_from_plan
@@ -131,11 +133,13 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
     trainer.save_checkpoint(str(file))
     before = file.read_bytes()
 
-    def full(checkpoint: Any, stream: Any) -> None:
-        stream.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 100_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(training, "open", FullDisk, raising=False)
     with pytest.raises(LightNetsError, match="No space left on device"):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
