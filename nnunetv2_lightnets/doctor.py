@@ -34,7 +34,7 @@ class Finding:
 
     def __str__(self) -> str:
         mark = "ok" if self.remedy is None else ("FAIL" if self.fatal else "note")
-        line = f"[{mark:^4}] {self.what:<26}{self.value}"
+        line = f"[{mark:^4}] {self.what:<28}{self.value}"
         return line if self.remedy is None else f"{line}\n{'':7}-> {self.remedy}"
 
 

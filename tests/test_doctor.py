@@ -43,7 +43,7 @@ def test_another_nnunet(version: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "nnunetv2" else real(name))
     code, text = report(capsys)
     assert code == 1
-    assert f"[FAIL] nnunetv2                  {version}, not 2.8" in text and "pip install 'nnunetv2~=2.8.0'" in text
+    assert f"[FAIL] nnunetv2                    {version}, not 2.8" in text and "pip install 'nnunetv2~=2.8.0'" in text
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
