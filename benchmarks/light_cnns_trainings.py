@@ -1,6 +1,6 @@
 """Short trainings of U-Lite and UltraLightUNet with nnU-Net's commands, predicted and evaluated on held-out cases.
 
-    python benchmarks/light_cnns_trainings.py --folder WORK --raw RAW [--budget _2epochs_15iters] [--trainer NAME ...]
+    python benchmarks/light_cnns_trainings.py --folder WORK --raw RAW [--budget _4epochs_50iters] [--trainer NAME ...]
 
 takes the data sets of CASES from RAW (in nnU-Net's raw format) and, for each of them and each trainer, runs
 
@@ -123,9 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where nnU-Net's folders go")
     parser.add_argument("--raw", type=Path, required=True, help="nnUNet_raw with the data sets of CASES")
-    parser.add_argument("--budget", default="_2epochs_15iters", help="suffix of the trainers' names")
+    parser.add_argument("--budget", default="_4epochs_50iters", help="suffix of the trainers' names")
     parser.add_argument("--trainer", action="append", choices=TRAINERS, help="repeatable; all by default")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="more may hang forked predictions")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
