@@ -473,7 +473,7 @@ def test_control_c_leaves_a_part_that_is_continued(
     site: Any, cache: Path, checkpoint_bytes: bytes, state: dict[str, Tensor]
 ) -> None:
     """The real command, the real signal."""
-    site.content[FIRST], site.pause = checkpoint_bytes, 0.3
+    site.content[FIRST], site.pause = checkpoint_bytes, 1.0
     command = [sys.executable, "-m", "nnunetv2_lightnets.cli", "weights", "--url", site.url + FIRST]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     part = cache / PART
