@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -200,8 +201,10 @@ class Decoder(nn.Module):
         return logits
 
 
-class UMamba(nn.Module):
-    """What both networks share. Sizes that the strides do not divide are padded with zeros, and the logits cropped.
+class UMamba(nn.Module, ABC):
+    """What both networks share; they differ in where their Mamba layers are.
+
+    Sizes that the strides do not divide are padded with zeros, and the logits cropped.
 
     Args:
         spatial_dims: 2 or 3.
@@ -246,11 +249,11 @@ class UMamba(nn.Module):
         self.decoder = Decoder(features, kernel_sizes, strides, num_classes, deep_supervision)
         self._initialise()
 
+    @abstractmethod
     def _mamba_layers(
         self, spatial_dims: int, features: Sequence[int], patch_size: Sequence[int] | None
     ) -> dict[int, MambaLayer]:
         """The Mamba layers, by their stage."""
-        raise NotImplementedError
 
     def _check(
         self,
