@@ -92,8 +92,9 @@ def _nnunet_mistake(text: str) -> str | None:
         nearest = ", ".join(nearest_trainers(missing[1]))
         remedy = f"did you mean {nearest}?" if nearest else "nnUNetv2_lightnets networks lists those that are here"
         return f"there is no trainer {missing[1]}, neither in nnU-Net nor in {VARIABLE}; {remedy}"
-    if fold := re.match(r"invalid literal for int\(\) with base 10: (.+)", text):  # the one number that users type
-        return f"the fold is a number or 'all', not {fold[1]}"
+    fold = re.match(r"invalid literal for int\(\) with base 10: '(.*)'$", text)
+    if fold and fold[1] in sys.argv:  # typed, not read from a file; the fold is the only number that nnU-Net converts
+        return f"the fold is a number or 'all', not {fold[1]!r}"
     if text.startswith(_NO_CUDA):
         return f"{text.split('.')[0]}; to compute on the CPU add -device cpu"
     if "pretrained model" in text and "compatible with your network" in text:  # holds all numbers of a tensor

@@ -45,13 +45,23 @@ MISSPELT_MODEL = "Dataset001_X/nnUNetTrainerLightMUnet__nnUNetPlans__2d"
 )
 def test_mistakes_have_one_line(error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_preprocessed", "/pre")
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "7", "2d", "x", "-tr", "nnUNetTrainerULite"])
     line = user_mistake(error)
     assert line is not None
     assert words in line
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("bad"), KeyError("x"), AssertionError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error"),
+        ValueError("bad"),
+        ValueError("invalid literal for int() with base 10: 'read from some file'"),
+        KeyError("x"),
+        AssertionError(),
+    ],
+)
 def test_faults_are_no_mistakes(error: BaseException) -> None:
     assert user_mistake(error) is None
 
