@@ -75,7 +75,7 @@ def test_a_killed_training_goes_on(trained: tuple[NNUNet, str]) -> None:
     assert "Epoch 0" not in done.stdout
     assert "Epoch 1" in done.stdout and "Epoch 2" in done.stdout
     logged = torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]
-    assert all(len(values) == 3 for key, values in logged.items() if key == "train_losses"), logged
+    assert len(logged["train_losses"]) == 3
 
 
 @pytest.mark.slow

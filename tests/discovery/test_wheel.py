@@ -100,4 +100,4 @@ def test_switched_off_the_wheel_is_silent(fresh: Path, tmp_path: Path) -> None:
         "f('nnUNetTrainerLightMUNet')"
     )
     done = run(fresh, "-c", code, cwd=tmp_path, NNUNET_LIGHTNETS_DISABLE="1")
-    assert done.returncode != 0 and "nnUNetTrainerLightMUNet" in done.stderr
+    assert done.returncode != 0 and "Could not find requested nnunet trainer nnUNetTrainerLightMUNet" in done.stderr
