@@ -26,6 +26,7 @@ from pathlib import Path
 import SimpleITK as sitk
 from configuration_data import DATA_SETS, DataSet, prepare, remove_results
 from nnunet_server import Commands, Done
+from pages import DOCS, write_table
 
 TRAINERS = (
     "nnUNetTrainerLightMUNetT",
@@ -37,9 +38,8 @@ TRAINERS = (
 BUDGET = "_2epochs_2iters"
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "configurations.csv"
-PAGE = ROOT / "docs" / "configurations.md"
+PAGE = DOCS / "configurations.md"
 COLUMNS = ("trainer", "cell", "outcome", "reason")
-BEGIN, END = "<!-- table: benchmarks/configurations.py -->", "<!-- end of table -->"
 
 
 class CellFailed(Exception):
@@ -282,7 +282,7 @@ def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[dict[str, str]]) -> list[str]:
     """Markdown: a row for each cell, a column for each trainer; reasons below."""
     trainers = list(dict.fromkeys(row["trainer"] for row in rows))
     outcomes = {(row["cell"], row["trainer"]): row for row in rows}
@@ -296,14 +296,12 @@ def table(rows: list[dict[str, str]]) -> str:
             mark = "not tried" if row is None else row["outcome"]
             marks.append(f"{mark} ({reasons.index(row['reason']) + 1})" if row and row["reason"] else mark)
         lines.append(f"| {cell} | " + " | ".join(marks) + " |")
-    return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
+    return [*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))]
 
 
-def write_table(page: Path, rows: list[dict[str, str]]) -> None:
-    """Put the table between its two marks on the page."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page."""
+    write_table(PAGE, Path(__file__).name, table(read_rows(results)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -320,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     rows = read_rows(args.out)
     if args.table:
-        write_table(PAGE, rows)
+        write_page(args.out)
         return
     if args.folder is None or args.volumes is None:
         parser.error("--folder and --volumes are needed")

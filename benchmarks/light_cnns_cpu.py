@@ -37,6 +37,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from pages import DOCS, markdown, write_table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -64,8 +65,8 @@ GOALS = {  # times PlainConvUNet, prepared
 GOAL_AS_PUBLISHED = 2  # times the network as published, prepared
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 RESULTS = Path(__file__).parent / "results" / "light_cnns_cpu.csv"
-PAGE = Path(__file__).parents[1] / "docs" / "ultralight_unet.md"
-BEGIN, END = "<!-- table: benchmarks/light_cnns_cpu.py -->", "<!-- end of speed -->"
+PAGE = DOCS / "ultralight_unet.md"
+MACHINE = ("processor", "cores", "threads", "system", "torch")
 LEAST_OF = 15  # repetitions of a step alone
 
 
@@ -342,14 +343,13 @@ def measure(spatial_dims: int, turns: int) -> Iterator[dict[str, Any]]:
     yield from rows_of("training step", patch, take_turns(steps, max(3, turns // 5)), parameters)
 
 
-def write_table(columns: Sequence[str], rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
-    """Replace the page's table, and name the machine."""
-    lines = ["; ".join(f"{key}: {value}" for key, value in described.items()), ""]
-    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page, and name the machine."""
+    with results.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    lines = ["; ".join(f"{key}: {rows[0][key]}" for key in MACHINE), ""]
+    lines += markdown([column for column in rows[0] if column not in MACHINE], rows)
+    write_table(PAGE, Path(__file__).name, lines)
 
 
 def main() -> None:
@@ -363,7 +363,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     described = machine(torch.device("cpu"))
-    described = {key: described[key] for key in ("processor", "cores", "threads", "system", "torch")}
+    described = {key: described[key] for key in MACHINE}
     columns = ("measurement", "patch", "network", "computed", "parameters", "median ms", "least ms")
     columns += (f"times {BASELINE}", "times as published", "goals")
     rows: list[dict[str, Any]] = []
@@ -376,7 +376,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(row | described for row in rows)
     if arguments.out == RESULTS:
-        write_table(columns, rows, described)
+        write_page(arguments.out)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from nnunet_server import Commands
+from pages import DOCS, markdown, write_table
 
 from nnunetv2_lightnets.benchmark.worker import machine
 
@@ -41,10 +42,7 @@ TRAINERS = (
 )
 RESULTS = Path(__file__).parent / "results" / "light_cnns_trainings.csv"
 COLUMNS = ("data set", "configuration", "trainer", "held-out cases", "Dice")
-
-
-PAGE = Path(__file__).parents[1] / "docs" / "ultralight_unet.md"
-BEGIN, END = "<!-- table: benchmarks/light_cnns_trainings.py -->", "<!-- end of trainings -->"
+PAGE = DOCS / "ultralight_unet.md"
 PLANS = "nnUNetPlansSmall"
 SMALL = {"2d": ([128, 128], 4), "3d_fullres": (None, 2)}  # patch (None: as planned) and batch
 HELD_OUT = 4
@@ -109,13 +107,10 @@ def train_and_evaluate(commands: Commands, dataset: str, configuration: str, tra
     return dict(zip(COLUMNS, (dataset, configuration, trainer, number, f"{dice:.4f}"), strict=True))
 
 
-def write_table(rows: list[dict[str, Any]]) -> None:
-    """Replace the page's table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after)
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page."""
+    with results.open(newline="") as stream:
+        write_table(PAGE, Path(__file__).name, markdown(COLUMNS, csv.DictReader(stream)))
 
 
 def main() -> None:
@@ -149,7 +144,7 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
             if arguments.out == RESULTS:
-                write_table(rows)
+                write_page(arguments.out)
     commands.close()
 
 

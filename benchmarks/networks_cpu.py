@@ -2,7 +2,8 @@
 
     python benchmarks/networks_cpu.py [--threads 2] [--repeats 7]
 
-measures LightM-UNet against nnU-Net's PlainConvUNet and writes ``benchmarks/results/networks_cpu.csv``:
+measures LightM-UNet against nnU-Net's PlainConvUNet and writes ``benchmarks/results/networks_cpu.csv``, and from it the
+table in ``docs/lightm_unet.md``:
 
 - ``forward``: a patch of 64x64x64, no gradients, PlainConvUNet with 6 stages (32 to 320 features);
 - ``forward, not in blocks``: the same with every Mamba layer computed for all tokens at once;
@@ -39,6 +40,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from pages import DOCS, markdown, write_table
 from torch import Tensor, nn
 
 from nnunetv2_lightnets import create_network
@@ -47,6 +49,8 @@ from nnunetv2_lightnets.ops import available_backends, causal_conv1d, use_backen
 from nnunetv2_lightnets.ops.selective_scan.native import instruction_sets
 
 CLASSES = 3
+RESULTS = Path(__file__).parent / "results" / "networks_cpu.csv"
+PAGE = DOCS / "lightm_unet.md"
 BASELINE = "PlainConvUNet"
 LIGHT = {f"lightm_unet, width {width}": {"width": width} for width in (32, 16, 8)}
 ROW = ("measurement", "network", "parameters", "patch", "batch", "median seconds", "fastest", f"times {BASELINE}")
@@ -350,6 +354,19 @@ def machine() -> dict[str, str]:
     }
 
 
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page, as multiples of the baseline's time, and name the machine."""
+    with results.open(newline="") as stream:
+        recorded = list(csv.DictReader(stream))
+    times: dict[str, dict[str, str]] = {}
+    for row in recorded:
+        if row["network"] != BASELINE and row["measurement"].startswith(("forward", "training step")):
+            times.setdefault(row["measurement"], {})[row["network"]] = row[f"times {BASELINE}"]
+    rows = [{f"times {BASELINE}": measurement, **of_networks} for measurement, of_networks in times.items()]
+    about = "; ".join(f"{key}: {recorded[0][key]}" for key in machine())
+    write_table(PAGE, Path(__file__).name, [about, "", *markdown((f"times {BASELINE}", *LIGHT), rows)])
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -365,10 +382,11 @@ def main() -> None:
         rows = measure(arguments.network, arguments.patch, arguments.batch, arguments.train, arguments.repeats)
     else:
         rows = measure_forward(arguments.repeats) + measure_training(arguments.repeats)
-        with (Path(__file__).parent / "results" / "networks_cpu.csv").open("w", newline="") as stream:
+        with RESULTS.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, [*ROW, *machine()])
             writer.writeheader()
             writer.writerows({**row, **machine()} for row in rows)
+        write_page(RESULTS)
     widths = [max(len(str(row[column])) for row in [dict(zip(ROW, ROW, strict=True)), *rows]) for column in ROW]
     for row in [dict(zip(ROW, ROW, strict=True)), *rows]:
         print("  ".join(str(row[column]).ljust(width) for column, width in zip(ROW, widths, strict=True)))

@@ -43,6 +43,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pages import DOCS, markdown, write_table
 from torch import Tensor
 
 from nnunetv2_lightnets.ops import (
@@ -55,7 +56,7 @@ from nnunetv2_lightnets.ops import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "selective_scan.md"
+PAGE = DOCS / "selective_scan.md"
 MIB = 2**20
 
 
@@ -341,8 +342,8 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
     return rows
 
 
-def write_table(results: Path) -> None:
-    """Put the results into the documentation, between its two marks."""
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page, and name the machine."""
     with results.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     about = json.loads(results.with_name(f"{results.stem}_machine.json").read_text())
@@ -356,14 +357,11 @@ def write_table(results: Path) -> None:
         "extra MiB",
         "largest relative error",
     ]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    lines = markdown(columns, rows)
     cases = {row["case"]: row["about"] for row in rows}
     lines += ["", *(f"- `{name}`: {CASES[name].sizes()}; {text}." for name, text in cases.items()), ""]
     lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".")
-    before, start, rest = PAGE.read_text().partition("<!-- made by benchmarks/selective_scan.py, do not edit -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    PAGE.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+    write_table(PAGE, Path(__file__).name, lines)
 
 
 def main() -> None:
@@ -383,7 +381,7 @@ def main() -> None:
         print_memory(arguments.memory, CASES[arguments.only[0]], arguments.backward)
         return
     if arguments.table:
-        write_table(arguments.output)
+        write_page(arguments.output)
         return
     if find_spec("mambapy") is None:
         print("mambapy is not installed, so not compared: pip install --no-deps mambapy", file=sys.stderr)
@@ -399,7 +397,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     if arguments.output.parent == RESULTS:
-        write_table(arguments.output)
+        write_page(arguments.output)
 
 
 if __name__ == "__main__":

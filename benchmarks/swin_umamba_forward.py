@@ -2,10 +2,10 @@
 
     python benchmarks/swin_umamba_forward.py [--size 320] [--repeats 5] [--threads N]
 
-writes ``benchmarks/results/swin_umamba_forward_cpu.csv``. Passes of the fast backends alternate, so that a busy moment
-of the machine hits them alike; the textbook loop (``reference``, what the authors' code runs without a GPU) runs once,
-between them. ``no scan`` is the network with its scans, and what projects for them, left out: no way to scan can make
-it faster than that. Run it on a machine that does nothing else.
+writes ``benchmarks/results/swin_umamba_forward_cpu.csv`` and from it the table in ``docs/swin_umamba.md``. Passes of
+the fast backends alternate, so that a busy moment of the machine hits them alike; the textbook loop (``reference``,
+what the authors' code runs without a GPU) runs once, between them. ``no scan`` is the network with its scans, and what
+projects for them, left out: no way to scan can make it faster than that. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from pages import DOCS, markdown, write_table
 from torch import nn
 
 from nnunetv2_lightnets import create_network
@@ -26,6 +27,9 @@ from nnunetv2_lightnets.networks.vss import SS2D
 from nnunetv2_lightnets.ops import available_backends, use_backend
 
 NETWORKS = ("swin_umamba", "swin_umamba_d")
+RESULTS = Path(__file__).parent / "results" / "swin_umamba_forward_cpu.csv"
+PAGE = DOCS / "swin_umamba.md"
+COLUMNS = ("network", "image", "backend", "seconds", "times faster than reference", "threads", "processor", "torch")
 
 
 def seconds(network: nn.Module, x: torch.Tensor, backend: str) -> float:
@@ -68,6 +72,12 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page."""
+    with results.open(newline="") as stream:
+        write_table(PAGE, Path(__file__).name, markdown(COLUMNS, csv.DictReader(stream)))
+
+
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,11 +102,11 @@ def main() -> None:
             }
             for backend, time_taken in times.items()
         ]
-    file = Path(__file__).parent / "results" / "swin_umamba_forward_cpu.csv"
-    with file.open("w", newline="") as stream:
+    with RESULTS.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    write_page(RESULTS)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import configuration_data as data
+import configurations as matrix
 import nibabel
 import numpy as np
 import pytest
+from nnunet_server import Commands
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import configuration_data as data  # noqa: E402
-import configurations as matrix  # noqa: E402
-from nnunet_server import Commands  # noqa: E402
 
 DATA = Path(os.environ.get("LIGHTNETS_DATA", ROOT.parent / "shared" / "data"))
 
