@@ -9,8 +9,9 @@ none that it would start after ``--seconds`` of its own. Memory is measured in a
 against the torch backend in float64 (which the tests hold to the textbook loop). Run it on a machine that does nothing
 else, for about six minutes.
 
-- ``loop``: the textbook loop over tokens (the "reference" backend), as published networks compute without a GPU. Only
-  forwards: its backward pass through autograd takes time quadratic in the length, more than ten minutes at ``s``;
+- ``published``: the loop as published networks run it without a GPU, see published_scan.py. Only forwards: its
+  backward pass through autograd takes time quadratic in the length, more than ten minutes at ``s``;
+- ``loop``: the same token by token, without tensors of all tokens and states (the "reference" backend);
 - ``mambapy``: the parallel scan of mambapy (https://github.com/alxndrTL/mamba.py, MIT), where that is installed;
 - ``torch``, ``native``: backends of this package;
 - ``exp2 alone``: one call of torch.exp2 on as many numbers as there are decays, in pieces that stay in the cache. No
@@ -44,6 +45,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pages import DOCS, markdown, write_table
+from published_scan import use_published_scan
 from torch import Tensor
 
 from nnunetv2_lightnets.ops import (
@@ -58,6 +60,8 @@ from nnunetv2_lightnets.ops import (
 RESULTS = Path(__file__).parent / "results"
 PAGE = DOCS / "selective_scan.md"
 MIB = 2**20
+PUBLISHED = "published"
+SLOW = (PUBLISHED, "loop", "mambapy")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Case:
     groups: int = 1
     image: tuple[int, int] | None = None
     width: int = 0
-    slow_ones: bool = True  # whether loop and mambapy are measured: minutes and many GB where there are many tokens
+    slow_ones: bool = True  # whether SLOW are measured: minutes and many GB where there are many tokens
     in_cache: bool = False  # only native against the bound: on one thread, many calls to a turn
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -116,11 +120,11 @@ CASES = {
 
 
 def ours(case: Case, backend: str) -> Callable[..., Tensor]:
-    """The public function for a case, with a backend forced."""
+    """The public function for a case, with a backend forced, or with the loop of published networks."""
     order = scan_order(case.image) if case.image else None
 
     def compute(*arguments: Tensor) -> Tensor:
-        with use_backend(backend):
+        with use_published_scan() if backend == PUBLISHED else use_backend(backend):
             if case.width:
                 return causal_conv1d(*arguments, activation="silu")
             if order is not None:
@@ -197,6 +201,7 @@ def implementations(case: Case, backward: bool) -> dict[str, Callable[..., Tenso
         found["torch's conv1d"] = torch_conv
     elif case.slow_ones and not case.in_cache:
         if not backward:
+            found[PUBLISHED] = ours(case, PUBLISHED)
             found["loop"] = ours(case, "reference")
         if not case.image and (function := mambapy(case)):
             found["mambapy"] = function
@@ -232,7 +237,7 @@ def times(
     measured: dict[str, list[float]] = {name: [] for name in functions}
     results = {}
     for name, function in functions.items():
-        if name not in ("loop", "mambapy"):  # whose first call is like any other, and long
+        if name not in SLOW:  # whose first call is like any other, and long
             run(function, arguments, backward)
     for _ in range(rounds):
         for name, function in functions.items():
@@ -372,16 +377,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="no turn starts later than this")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to measure")
     parser.add_argument("--output", type=Path, default=RESULTS / "selective_scan.csv", help="where to write the table")
-    parser.add_argument("--table", action="store_true", help="only write the table of the documentation again")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # in the fresh process: the implementation to measure
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory:
         print_memory(arguments.memory, CASES[arguments.only[0]], arguments.backward)
-        return
-    if arguments.table:
-        write_page(arguments.output)
         return
     if find_spec("mambapy") is None:
         print("mambapy is not installed, so not compared: pip install --no-deps mambapy", file=sys.stderr)

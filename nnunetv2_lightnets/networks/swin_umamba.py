@@ -43,10 +43,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W); H * W must exceed 1 in training."""
-        out = F.leaky_relu(self.norm(self.conv1(x)), _SLOPE)
+        # With gradients in place on the sum alone: an instance norm returns a view, whose gradient would be copied.
+        in_place = not torch.is_grad_enabled()
+        out = F.leaky_relu(self.norm(self.conv1(x)), _SLOPE, inplace=in_place)
         out = self.norm(self.conv2(out))
-        out = out + (x if self.shortcut is None else self.norm(self.shortcut(x)))
-        # In place on the sum alone: an instance norm returns a view, whose gradient autograd would then copy.
+        shortcut = x if self.shortcut is None else self.norm(self.shortcut(x))
+        out = out.add_(shortcut) if in_place else out + shortcut
         return F.leaky_relu(out, _SLOPE, inplace=True)
 
 

@@ -1,0 +1,74 @@
+"""The selective scan as published networks run it without a GPU: the baseline that users have today.
+
+mamba-ssm's fallback (``selective_scan_ref`` in https://github.com/state-spaces/mamba) computes decays and inputs of all
+tokens and states at once, tensors of (B, D, L, N), then walks over slices of them. The backend "reference" of this
+package computes the same token by token, in less memory and, for many channels, several times faster: a comparison
+with that one would say little about today's users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunetv2_lightnets.ops import use_backend
+from nnunetv2_lightnets.ops.selective_scan import reference
+from nnunetv2_lightnets.ops.selective_scan.layout import directional_from_plain
+
+
+def published_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, D, L) and last state (B, D, N); arguments as of ``selective_scan``, in float32."""
+    step = delta if delta_bias is None else delta + delta_bias[:, None]
+    step = F.softplus(step) if delta_softplus else step
+    B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], dim=1) for x in (B, C))  # (B, D, N, L)
+    decays = torch.exp(torch.einsum("bdl,dn->bdln", step, A))
+    inputs = torch.einsum("bdl,bdnl,bdl->bdln", step, B, u)
+    state = u.new_zeros(*u.shape[:2], A.shape[1])
+    outputs = []
+    for token in range(u.shape[2]):
+        state = decays[:, :, token] * state + inputs[:, :, token]
+        outputs.append(torch.einsum("bdn,bdn->bd", state, C[:, :, :, token]))
+    y = torch.stack(outputs, dim=2)
+    y = y if D is None else y + u * D[:, None]
+    return y if z is None else y * F.silu(z), state
+
+
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if save_states:
+        raise NotImplementedError("forward passes only: its gradients take time quadratic in the length")
+    y, state = published_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return y.contiguous(), state, u.new_empty(0)
+
+
+@contextmanager
+def use_published_scan() -> Iterator[None]:
+    """All scans without gradients are computed so; along the directions of an image after gathering each of them."""
+    directional, _ = directional_from_plain(_forward, reference.backward)
+    with mock.patch.multiple(reference, forward=_forward, directional_forward=directional), use_backend("reference"):
+        yield
