@@ -4,8 +4,8 @@
 
 ``--volumes`` is a folder in nnU-Net's raw format with one channel and the labels 1 and 2 (made with Hippocampus of the
 Medical Segmentation Decathlon), ``--rgb`` one with RGB images. A row of ``benchmarks/results/configurations.csv`` is
-written after each cell; what has run, or was refused, is not done again. ``--table`` only writes the table of
-``docs/configurations.md``. A cell is one of
+written after each cell; what has run, or was refused, is not done again. The table of ``docs/configurations.md`` is
+made of them. A cell is one of
 
 * run: all commands ended well, and left what they should;
 * refused: nnU-Net's command ended with code 2 and one line, before anything was written;
@@ -307,21 +307,15 @@ def write_page(results: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not in the table yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where nnU-Net's folders go; can be deleted afterwards")
-    parser.add_argument("--volumes", type=Path, help="raw data set with one channel and the labels 1 and 2")
+    parser.add_argument("--folder", type=Path, required=True, help="for nnU-Net's folders; can be deleted afterwards")
+    parser.add_argument("--volumes", type=Path, required=True, help="raw data set: one channel, labels 1 and 2")
     parser.add_argument("--rgb", type=Path, help="raw data set with RGB images (PNG)")
     parser.add_argument("--trainer", nargs="+", default=TRAINERS, help="without suffix")
     parser.add_argument("--cell", nargs="+", choices=tuple(CELLS), default=tuple(CELLS), metavar="CELL")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="write the documentation's table and do nothing else")
     args = parser.parse_args(arguments)
     rows = read_rows(args.out)
-    if args.table:
-        write_page(args.out)
-        return
-    if args.folder is None or args.volumes is None:
-        parser.error("--folder and --volumes are needed")
     commands = Commands(args.folder.resolve(), threads=args.threads)
     kinds = [kind for kind in DATA_SETS if kind != "RGB" or args.rgb]
     if not (commands.folder / "prepared").exists():
@@ -337,6 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = run_cell(cell, commands, trainer + BUDGET)
             rows = [old for old in rows if (old["trainer"], old["cell"]) != (trainer, cell)] + [row]
             write_rows(args.out, rows)
+            if args.out == RESULTS:
+                write_page(args.out)
         remove_results(commands, trainer)
     commands.close()
 

@@ -4,6 +4,7 @@
 
 The data sets must have been planned by nnU-Net (their plans are only read). Each case runs in a process of its own, as
 in training_memory.py. Rows are written one by one into ``benchmarks/results/plans.csv``; those there are not redone.
+The table of ``docs/planning.md`` is made of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from pages import DOCS, markdown, write_table
 from training_memory import ALLOCATOR, measured_memory
 
 from nnunetv2_lightnets.benchmark.setting import Setting, dataset_folder, read_json
@@ -25,18 +27,19 @@ from nnunetv2_lightnets.networks import network_entry
 from nnunetv2_lightnets.plans.planner import Planner, plans_name
 
 RESULTS = Path(__file__).parent / "results" / "plans.csv"
+PAGE = DOCS / "planning.md"
 TRAINERS = (
-    "nnUNetTrainerLightMUNetT",
-    "nnUNetTrainerULite",
-    "nnUNetTrainerUltraLightUNet",
-    "nnUNetTrainerSwinUMambaDScratch",
-    "nnUNetTrainerSwinUMambaScratch",
     "nnUNetTrainerLightMUNet",
     "nnUNetTrainerLightMUNetS",
+    "nnUNetTrainerLightMUNetT",
+    "nnUNetTrainerULite",
     "nnUNetTrainerUltraLightUNetT",
-    "nnUNetTrainerUltraLightUNetL",
     "nnUNetTrainerUltraLightUNetS",
+    "nnUNetTrainerUltraLightUNet",
     "nnUNetTrainerUltraLightUNetM",
+    "nnUNetTrainerUltraLightUNetL",
+    "nnUNetTrainerSwinUMambaScratch",
+    "nnUNetTrainerSwinUMambaDScratch",
 )
 COLUMNS = (
     "data set",
@@ -54,10 +57,10 @@ COLUMNS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ids", nargs="+", default=["504", "505", "508"])
     parser.add_argument("--memory", type=float, default=2.0)
-    parser.add_argument("--case", nargs=2, metavar=("ID", "TRAINER"))
+    parser.add_argument("--case", nargs=2, metavar=("ID", "TRAINER"), help="this one alone, as JSON; used by itself")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(case(*args.case, args.memory)))
@@ -80,7 +83,18 @@ def main() -> int:
                 table.writerow(row)
                 file.flush()
                 print(*row.values(), sep="  ")
+    write_page(RESULTS)
     return 0
+
+
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page, by data set."""
+    with results.open(newline="", encoding="utf-8") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: (row["data set"], TRAINERS.index(row["trainer"])))
+    names = {"estimated_MB": "estimate (MB)", "measured_MB": "measured (MB)"}
+    columns = [names.get(c, c) for c in COLUMNS if c not in ("memory_GB", "estimated_over_measured")]
+    lines = [{names.get(key, key): value.replace(" x ", " × ") for key, value in row.items()} for row in rows]
+    write_table(PAGE, Path(__file__).name, markdown(columns, lines))
 
 
 def case(dataset: str, trainer: str, memory: float) -> dict[str, object]:

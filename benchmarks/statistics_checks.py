@@ -3,7 +3,8 @@
 Draws paired differences of Dice from distributions with a known mean, and records for each sample size: how often the
 95 % interval covers the mean (with BCa's and plain percentiles beside it), how often Wilcoxon's test finds a difference
 where there is none, and how often non-inferiority is claimed where the true loss is the margin (with Student's t and
-Wilcoxon's shifted test beside it). Takes a few minutes; writes ``results/statistics_checks.csv``.
+Wilcoxon's shifted test beside it). Takes a few minutes; writes ``results/statistics_checks.csv`` and the table of
+``docs/compare.md``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from pages import DOCS, markdown, write_table
 from scipy import stats
 from tqdm import tqdm
 
 from nnunetv2_lightnets.benchmark.statistics import mean_interval, non_inferiority, wilcoxon
 
+RESULTS = Path(__file__).parent / "results" / "statistics_checks.csv"
+PAGE = DOCS / "compare.md"
 MARGIN = 0.01
 SIZES = (10, 20, 50, 100, 200)
 RESAMPLES = 999
@@ -56,7 +60,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("-o", type=Path, default=Path(__file__).parent / "results" / "statistics_checks.csv")
+    parser.add_argument("-o", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = [
         check(name, n, args.draws)
@@ -67,6 +71,15 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    if args.o == RESULTS:
+        write_page(args.o)
+
+
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page."""
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    write_table(PAGE, Path(__file__).name, markdown([column for column in rows[0] if column != "draws"], rows))
 
 
 def check(name: str, n: int, draws: int) -> dict[str, object]:

@@ -5,6 +5,8 @@ is made to the peak of its training steps; steps on a small patch come before, s
 library's allocator is told to give back what is freed, so that the numbers are of tensors and not of its pools.
 
     python benchmarks/training_memory.py [benchmarks/results/training_memory.csv]
+
+The table of ``docs/planning.md`` is made of the rows.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import sys
 from pathlib import Path
 
 import torch
+from pages import DOCS, markdown, write_table
 
 from nnunetv2_lightnets.benchmark.setting import Setting, patch_setting
 from nnunetv2_lightnets.benchmark.worker import Job, Memory, find_trainer_class, make_batch, make_trainer
 from nnunetv2_lightnets.plans.memory import nnunet_folders, training_memory
 
 RESULTS = Path(__file__).parent / "results" / "training_memory.csv"
+PAGE = DOCS / "planning.md"
 SMALL = {2: 64, 3: 16}  # side of the patch that comes before, by dimensions
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # glibc's
 VOLUMES = (((32, 32, 32), 2), ((40, 56, 40), 2), ((20, 96, 96), 2))
@@ -57,7 +61,21 @@ def main() -> int:
             table.writerow(row)
             output.flush()
             print(*row.values(), sep="  ")
+    if file == RESULTS:
+        write_page(file)
     return 0
+
+
+def write_page(results: Path) -> None:
+    """Put what is recorded on the page."""
+    titles = ("trainer", "patch", "batch", "estimate (MB)", "measured (MB)", "estimate / measured")
+    columns = [column for column in COLUMNS if column != "saved_MB"]
+    with results.open(newline="", encoding="utf-8") as stream:
+        rows = [
+            {title: row[column].replace(" x ", " × ") for title, column in zip(titles, columns, strict=True)}
+            for row in csv.DictReader(stream)
+        ]
+    write_table(PAGE, Path(__file__).name, markdown(titles, rows))
 
 
 def measure(name: str, patch: tuple[int, ...], batch: int) -> dict[str, object]:

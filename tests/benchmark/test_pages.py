@@ -9,20 +9,12 @@ from types import ModuleType
 
 import pages
 import pytest
-
-RESULTS = Path(pages.__file__).parent / "results"
+import tables
 
 
 @pytest.mark.parametrize(
     ("script", "results"),
-    [
-        ("configurations", "configurations.csv"),
-        ("light_cnns_cpu", "light_cnns_cpu.csv"),
-        ("light_cnns_trainings", "light_cnns_trainings.csv"),
-        ("networks_cpu", "networks_cpu.csv"),
-        ("selective_scan", "selective_scan.csv"),
-        ("swin_umamba_forward", "swin_umamba_forward_cpu.csv"),
-    ],
+    tables.SCRIPTS.items(),
 )
 def test_a_page_shows_what_is_recorded(
     script: str, results: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -31,7 +23,7 @@ def test_a_page_shows_what_is_recorded(
     page = Path(shutil.copy(module.PAGE, tmp_path))
     monkeypatch.setattr(module, "PAGE", page)
     before = page.read_text()
-    module.write_page(RESULTS / results)
+    module.write_page(tables.RESULTS / results)
     assert page.read_text() == before
 
 
