@@ -17,9 +17,10 @@ DATASET = f"Dataset{ID}_MNIBlocks"
 
 @dataclass
 class NNUNet:
-    """Three data folders of nnU-Net, and its commands run in them."""
+    """Three data folders of nnU-Net, and its commands run in them, those of ``python``'s environment."""
 
     folder: Path
+    python: Path = Path(sys.executable)
 
     def __post_init__(self) -> None:
         for name in ("raw", "preprocessed", "results"):
@@ -51,7 +52,7 @@ class NNUNet:
 
     def run(self, command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """One command, as a user types it, from another folder; its outcome is left to the caller."""
-        executable = Path(sys.executable).parent / command
+        executable = self.python.parent / command
         return subprocess.run(
             [str(executable), *arguments],
             env=self.environment | environment,
@@ -64,7 +65,7 @@ class NNUNet:
 
     def start(self, command: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """One command that goes on while the caller reads its output; all its processes are in one group."""
-        executable = Path(sys.executable).parent / command
+        executable = self.python.parent / command
         return subprocess.Popen(
             [str(executable), *arguments],
             env=self.environment | environment | {"PYTHONUNBUFFERED": "1"},

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nnunet_commands import DATASET, ID, NNUNet
+from wheels import fresh_environment
 
 TRAINER = "nnUNetTrainerLightMUNetT_2epochs_5iters"
 
@@ -79,18 +80,20 @@ def test_a_killed_training_goes_on(trained: tuple[NNUNet, str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_travels_as_a_zip(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
+def test_a_model_travels_as_a_zip_into_a_fresh_environment(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
     nnunet, configuration = trained
     model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER)
     archive = tmp_path / "model.zip"
     nnunet.must("nnUNetv2_export_model_to_zip", *model, "-o", str(archive))
-    other = NNUNet(tmp_path / "elsewhere")
+    other = NNUNet(tmp_path / "elsewhere", fresh_environment(tmp_path))
     other.must("nnUNetv2_install_pretrained_model_from_zip", str(archive))
     images = str(nnunet.raw / DATASET / "imagesTs")
     for place, out in ((nnunet, tmp_path / "here"), (other, tmp_path / "there")):
         predict = ("-i", images, "-o", str(out), *model, "-device", "cpu", "-npp", "1", "-nps", "1")
         place.must("nnUNetv2_predict", *predict)
-    for here in (tmp_path / "here").glob("*.nii.gz"):
+    predicted = sorted((tmp_path / "here").glob("*.nii.gz"))
+    assert len(predicted) == 2
+    for here in predicted:
         assert here.read_bytes() == (tmp_path / "there" / here.name).read_bytes()
 
 

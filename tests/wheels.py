@@ -6,6 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,3 +29,26 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     assert done.returncode == 0, done.stderr
     (wheel,) = wheels.glob("*.whl")
     return wheel
+
+
+def fresh_environment(folder: Path) -> Path:
+    """The Python of a new environment in ``folder`` with the wheel of this tree, and nnU-Net with its commands.
+
+    Torch and the other libraries are borrowed from the environment that runs the tests: their folder is on the path,
+    but its start-up files, and with them the editable install of this tree, are not read.
+    """
+    wheel = build_wheel(folder)
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    nnunet = f"nnunetv2=={version('nnunetv2')}"
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed", wheel, nnunet]
+    subprocess.run(command, check=True, env=clean_environment())
+    return python
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """The environment variables of this process without nnU-Net's, and without another path for Python."""
+    kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("NNUNET", "PYTHONPATH"))}
+    return kept | more

@@ -1,23 +1,16 @@
-"""The built wheel in a fresh environment: nnU-Net finds our trainers there, from any folder, without an export.
-
-The environment borrows torch and nnU-Net from the one that runs the tests: their folder is on its path, but its
-start-up files, and with them the editable install of this tree, are not read.
-"""
+"""The built wheel in a fresh environment: nnU-Net finds our trainers there, from any folder, without an export."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_lightnets.trainers import TRAINERS
-from wheels import build_wheel
+from wheels import clean_environment, fresh_environment
 
 pytestmark = pytest.mark.slow
 
@@ -42,25 +35,13 @@ NAMES = [*TRAINERS, "nnUNetTrainerLightMUNetT_2epochs_10iters"]
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a fresh environment into which the wheel is installed."""
-    folder = tmp_path_factory.mktemp("wheel in a fresh environment")
-    wheel = build_wheel(folder)
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
-    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, env=_environment())
-    return python
-
-
-def _environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("NNUNET", "PYTHONPATH"))}
-    return kept | more
+    return fresh_environment(tmp_path_factory.mktemp("wheel in a fresh environment"))
 
 
 def run(python: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [python, *arguments]
     return subprocess.run(
-        command, cwd=cwd, env=_environment(**environment), capture_output=True, text=True, check=False
+        command, cwd=cwd, env=clean_environment(**environment), capture_output=True, text=True, check=False
     )
 
 
@@ -82,7 +63,7 @@ def test_the_wheel_holds_what_the_commands_need(fresh: Path, tmp_path: Path) -> 
     command = fresh.parent / "nnUNetv2_lightnets"
     for arguments in (["doctor"], ["networks", "--help"], ["benchmark", "--help"], ["plan", "--help"]):
         done = subprocess.run(
-            [command, *arguments], cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=False
+            [command, *arguments], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
     data = (
