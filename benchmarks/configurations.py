@@ -218,11 +218,12 @@ def archive(commands: Commands, trainer: str) -> None:
     results.mkdir(parents=True, exist_ok=True)
     check(commands.run("nnUNetv2_install_pretrained_model_from_zip", file, nnUNet_results=str(results)), "import")
     file.unlink()
-    images, out = commands.raw / model.data.folder / "imagesTs", results / "predictions"
-    words = ("-i", images, "-o", out, *which, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
-    check(commands.run("nnUNetv2_predict", *words, nnUNet_results=str(results)), "prediction of the import")
-    for here in out.glob("*.nii.gz"):
-        if here.read_bytes() != (model.predictions / here.name).read_bytes():
+    images, workers = commands.raw / model.data.folder / "imagesTs", ("-device", "cpu", "-npp", "1", "-nps", "1")
+    for place in (commands.results, results):  # both now: another number of threads may round differently
+        words = ("-i", images, "-o", results / place.name, *which, *workers, "--disable_tta")
+        check(commands.run("nnUNetv2_predict", *words, nnUNet_results=str(place)), "prediction")
+    for here in (results / commands.results.name).glob("*.nii.gz"):
+        if here.read_bytes() != (results / results.name / here.name).read_bytes():
             raise CellFailed("the imported model predicts something else")
 
 
