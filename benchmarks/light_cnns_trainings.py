@@ -108,9 +108,14 @@ def train_and_evaluate(commands: Commands, dataset: str, configuration: str, tra
 
 
 def write_page(results: Path) -> None:
-    """Put what is recorded on the page."""
+    """Put what is recorded on the page, in the order of CASES and TRAINERS."""
+
+    def place(row: dict[str, str]) -> tuple[int, int]:
+        name = row["trainer"].partition("_")[0]
+        return CASES.index((row["data set"], row["configuration"])), TRAINERS.index(name)
+
     with results.open(newline="") as stream:
-        write_table(PAGE, Path(__file__).name, markdown(COLUMNS, csv.DictReader(stream)))
+        write_table(PAGE, Path(__file__).name, markdown(COLUMNS, sorted(csv.DictReader(stream), key=place)))
 
 
 def main() -> None:
