@@ -20,8 +20,10 @@ else, for about six minutes.
   one state takes 12 operations of a vector lane: dt A, 8 of exp2 (3 to round, 5 for a polynomial of degree 5), x B,
   and the two multiply-adds of the state and the output. The rate of such operations is measured: multiply-adds per
   second of torch's float32 matrix product in the cache, the fastest of several sizes, on as many threads as the case
-  has. A matrix product does not quite reach the processor's peak, so the true bound is a little lower. The case
-  ``cache`` fits the second cache level and runs on one thread: there nothing but computing should count.
+  has. A matrix product does not quite reach the processor's peak, so the true bound is a little lower;
+- ``native, kernel``: the time of ``native`` less ``one token``, the same call for a single token, which is what any
+  call takes for dispatch and allocation. Only in the case ``cache``, which fits the second cache level and runs on one
+  thread: there nothing but computing counts.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +63,7 @@ from nnunetv2_lightnets.ops import (
 RESULTS = Path(__file__).parent / "results"
 PAGE = DOCS / "selective_scan.md"
 MIB = 2**20
+ONE_TOKEN = "one token"
 PUBLISHED = "published"
 SLOW = (PUBLISHED, "loop", "mambapy")
 
@@ -109,7 +113,7 @@ class Case:
 
 
 CASES = {
-    "cache": Case("all in the second cache level, 1 thread", 1, 64, 2_048, in_cache=True),
+    "cache": Case("all in the second cache level, 1 thread", 1, 64, 512, in_cache=True),
     "s": Case("LightM-UNet 3D, first stage of a 64^3 patch", 1, 64, 32_768),
     "m": Case("Swin-UMamba as plain scans, 80 x 80 pixels, 4 groups", 1, 768, 6_400, groups=4),
     "l": Case("LightM-UNet 3D, 64^3 tokens", 1, 64, 262_144, slow_ones=False),
@@ -167,6 +171,14 @@ def exp2_alone(case: Case) -> Callable[..., None]:
             torch.exp2(piece, out=result)
 
     return compute
+
+
+def one_token(case: Case) -> Callable[..., Tensor]:
+    """A call like those of a case for one token, whatever the arguments are."""
+    single = replace(case, length=1)
+    compute, own = ours(single, "native"), single.arguments()
+
+    return lambda *arguments: compute(*own)
 
 
 LANE_OPERATIONS = 12  # to update one state, see above
@@ -309,8 +321,10 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
     torch.set_num_threads(threads)
     functions = implementations(case, backward)
     arguments = case.arguments()
+    if case.in_cache and not backward:
+        functions[ONE_TOKEN] = one_token(case)
     expected = run(ours(case, "torch"), case.arguments(torch.float64), backward)
-    measured, all_results = times(functions, arguments, backward, rounds, most, 100 if case.in_cache else 1)
+    measured, all_results = times(functions, arguments, backward, rounds, most, 300 if case.in_cache else 1)
     least = None if backward or case.width else bound(case, threads)
     rows: list[dict[str, str | int]] = []
     slowest = statistics.median(next(iter(measured.values())))
@@ -336,11 +350,15 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
         print("  ".join(str(value) for value in list(rows[-1].values())[:-1]), flush=True)
 
     for implementation, seconds in measured.items():
-        if results := all_results[implementation]:
+        results = all_results[implementation]
+        if results and implementation != ONE_TOKEN:
             memory = None if case.in_cache else extra_memory(implementation, name, backward)
             add(implementation, seconds, memory, f"{largest_error(results, expected):.1e}")
         else:
             add(implementation, seconds, None, "")
+    if ONE_TOKEN in measured:
+        pairs = zip(measured["native"], measured[ONE_TOKEN], strict=True)
+        add("native, kernel", [whole - fixed for whole, fixed in pairs], None, "")
     if least is not None:
         add("bound", [least], None, "")
     torch.set_num_threads(before)
@@ -389,14 +407,21 @@ def main() -> None:
     arguments.output.parent.mkdir(exist_ok=True)
     description = arguments.output.with_name(f"{arguments.output.stem}_machine.json")
     description.write_text(json.dumps(machine(), indent=1) + "\n")
-    rows = []
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    if arguments.output.is_file():  # cases that are not measured now are kept
+        with arguments.output.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                by_case.setdefault(row["case"], []).append(row)
     for name in arguments.only:
-        for backward in (False, True):
-            rows += rows_of(name, CASES[name], backward, arguments.rounds, arguments.seconds)
+        by_case[name] = [
+            row
+            for backward in (False, True)
+            for row in rows_of(name, CASES[name], backward, arguments.rounds, arguments.seconds)
+        ]
         with arguments.output.open("w", newline="") as stream:  # after every case, should the rest be cut off
-            writer = csv.DictWriter(stream, list(rows[0]))
+            writer = csv.DictWriter(stream, list(by_case[name][0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row for case in CASES for row in by_case.get(case, []))
     if arguments.output.parent == RESULTS:
         write_page(arguments.output)
 
