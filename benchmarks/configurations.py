@@ -26,7 +26,7 @@ from pathlib import Path
 import SimpleITK as sitk
 from configuration_data import DATA_SETS, DataSet, prepare, remove_results
 from nnunet_server import Commands, Done
-from pages import DOCS, write_table
+from pages import DOCS, markdown, write_table
 
 TRAINERS = (
     "nnUNetTrainerLightMUNetT",
@@ -284,19 +284,25 @@ def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
-    """Markdown: a row for each cell, a column for each trainer; reasons below."""
-    trainers = list(dict.fromkeys(row["trainer"] for row in rows))
-    outcomes = {(row["cell"], row["trainer"]): row for row in rows}
+    """Markdown: a row for each cell, a column for each family; a row for each other trainer; the reasons below."""
+    outcomes = {(row["trainer"], row["cell"]): row for row in rows}
     reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
-    lines = ["| configuration | " + " | ".join(name.removeprefix("nnUNetTrainer") for name in trainers) + " |"]
-    lines.append("|---|" + "---|" * len(trainers))
-    for cell in CELLS:
-        marks = []
-        for trainer in trainers:
-            row = outcomes.get((cell, trainer))
-            mark = "not tried" if row is None else row["outcome"]
-            marks.append(f"{mark} ({reasons.index(row['reason']) + 1})" if row and row["reason"] else mark)
-        lines.append(f"| {cell} | " + " | ".join(marks) + " |")
+
+    def mark(trainer: str, cell: str) -> str:
+        row = outcomes.get((trainer, cell))
+        if row is None:
+            return "not tried"
+        return f"{row['outcome']} ({reasons.index(row['reason']) + 1})" if row["reason"] else row["outcome"]
+
+    columns = ("configuration", *(trainer.removeprefix("nnUNetTrainer") for trainer in TRAINERS))
+    lines = markdown(
+        columns,
+        [dict(zip(columns, (cell, *(mark(trainer, cell) for trainer in TRAINERS)), strict=True)) for cell in CELLS],
+    )
+    if others := list(dict.fromkeys(row["trainer"] for row in rows if row["trainer"] not in TRAINERS)):
+        cells = [cell for cell in CELLS if any((trainer, cell) in outcomes for trainer in others)]
+        more = [{"trainer": trainer} | {cell: mark(trainer, cell) for cell in cells} for trainer in others]
+        lines += ["", *markdown(("trainer", *cells), more)]
     return [*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))]
 
 
