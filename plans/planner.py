@@ -234,10 +234,16 @@ class Planner:
         each = self._memory(sized, MIN_BATCH + 1) - memory_of_two
         batch_size = min(most, MIN_BATCH + max(0, (limit - memory_of_two) // max(each, 1)))
         memory = self._memory(sized, batch_size)
-        while memory > limit and batch_size > MIN_BATCH:
-            batch_size -= 1
-            memory = self._memory(sized, batch_size)
-        return batch_size, memory
+        fits, needs = (MIN_BATCH, memory_of_two) if memory > limit else (batch_size, memory)
+        # Memory is nearly linear in the batch size: the next guess lies on the line from what fits to what does not.
+        while batch_size - fits > 1:
+            guess = fits + (limit - needs) * (batch_size - fits) // (memory - needs)
+            guess = min(max(guess, fits + 1), batch_size - 1)
+            if (guessed := self._memory(sized, guess)) > limit:
+                batch_size, memory = guess, guessed
+            else:
+                fits, needs = guess, guessed
+        return fits, needs
 
     def _voxels(self, name: str) -> float:
         """Voxels of the data set at the configuration's spacing, as nnU-Net counts them."""

@@ -58,6 +58,24 @@ def test_little_memory_makes_smaller_patches_and_what_is_planned_fits() -> None:
     assert plans["configurations"]["2d"]["patch_size"] == [128, 128], "the base plans are left alone"
 
 
+@pytest.mark.parametrize("limit", [119, 120, 250, 399, 400, 401, 10_000])
+def test_the_batch_is_the_largest_that_fits_and_is_found_in_few_steps(limit: int) -> None:
+    made = planner(TINY, *base_plans((16, 16), (64, 64), cases=1000))
+    asked: list[int] = []
+
+    def memory(name: str, batch_size: int) -> int:  # grows faster from 20 patches on
+        asked.append(batch_size)
+        return 100 + 10 * batch_size + 15 * max(0, batch_size - 20)
+
+    made._memory = memory  # type: ignore[method-assign]
+    batch_size, needed = made._largest_batch("2d", "2d", memory("2d", 2), limit)
+    most = round(64 * 64 * 1000 * 0.05 / 16**2)
+    largest = max(n for n in range(2, most + 1) if n == 2 or memory("2d", n) <= limit)
+    assert batch_size == largest
+    assert needed == memory("2d", largest)
+    assert len(asked) - (most - 2) < 12
+
+
 def test_too_little_memory_is_refused() -> None:
     with pytest.raises(LightNetsError, match=r"0.0003 GB are too little for nnUNetTrainerUltraLightUNetT in 2d"):
         planner(TINY, *base_plans((64, 64), (64, 64)), 0.0003).plan(["2d"])
