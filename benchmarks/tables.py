@@ -10,6 +10,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCRIPTS = {  # each has write_page(results)
+    "accuracy": "accuracy",
     "configurations": "configurations.csv",
     "light_cnns_cpu": "light_cnns_cpu.csv",
     "light_cnns_trainings": "light_cnns_trainings.csv",
