@@ -130,12 +130,15 @@ def test_interrupted_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a new folder"
     with subprocess.Popen(_demo(folder), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
+        said = []
         for line in process.stdout:
+            said.append(line)
             if "Epoch 1" in line:
                 process.send_signal(signal.SIGINT)
                 break
-        assert "go on" in process.stderr.read()
-        assert process.wait(30) == 2
+        errors = process.stderr.read()
+        assert process.wait(30) == 2, (said, errors)
+        assert "go on" in errors, (said, errors)
     time.sleep(1)
     left = [p for p in Path("/proc").glob("[0-9]*/environ") if _reads(p, str(folder))]
     assert left == []
