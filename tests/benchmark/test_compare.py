@@ -399,20 +399,6 @@ def test_without_predictions_there_are_reasons_instead_of_pictures(folders, tmp_
     assert any("gone.nii.gz is gone" in text for text in page.text)
 
 
-def test_the_page_of_the_documentation_shows_what_was_measured():
-    """Every row of its table is a row of the recorded results."""
-    root = Path(__file__).resolve().parents[2]
-    with open(root / "benchmarks" / "results" / "statistics_checks.csv", newline="") as file:
-        recorded = {(row["differences"], row["cases"]): list(row.values()) for row in csv.DictReader(file)}
-    text = (root / "docs" / "compare.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == 7 and row[1].isdigit()]
-    assert len(rows) == 10
-    for name, cases, *shown in rows:
-        row = recorded[{"5 % of cases fail": "rare failures"}.get(name, name), cases]
-        assert shown == [row[3], row[4], row[6], row[7], row[8]]
-
-
 def test_formats():
     assert [signed(x) for x in (0.01, -0.01, 0.0, -0.00001, None, math.nan)] == [
         "+0.0100",
