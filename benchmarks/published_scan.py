@@ -31,8 +31,9 @@ def published_scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, D, L) and last state (B, D, N); arguments as of ``selective_scan``, in float32."""
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backend's ``forward`` returns, without states for a backward pass: there is none."""
     step = delta if delta_bias is None else delta + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step
     B, C = (x.repeat_interleave(u.shape[1] // x.shape[1], dim=1) for x in (B, C))  # (B, D, N, L)
@@ -45,30 +46,17 @@ def published_scan(
         outputs.append(torch.einsum("bdn,bdn->bd", state, C[:, :, :, token]))
     y = torch.stack(outputs, dim=2)
     y = y if D is None else y + u * D[:, None]
-    return y if z is None else y * F.silu(z), state
-
-
-def _forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if save_states:
-        raise NotImplementedError("forward passes only: its gradients take time quadratic in the length")
-    y, state = published_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return y.contiguous(), state, u.new_empty(0)
+    return y if z is None else y * F.silu(z), state, u.new_empty(0)
 
 
 @contextmanager
 def use_published_scan() -> Iterator[None]:
-    """All scans without gradients are computed so; along the directions of an image after gathering each of them."""
-    directional, _ = directional_from_plain(_forward, reference.backward)
-    with mock.patch.multiple(reference, forward=_forward, directional_forward=directional), use_backend("reference"):
+    """All scans are computed so, along the directions of an image after gathering each; gradients are off.
+
+    Off, because the loop's own take time quadratic in the length (every slice of (B, D, L, N) has a gradient of its
+    size), and those of another backend would be another implementation's.
+    """
+    directional, _ = directional_from_plain(published_scan, reference.backward)
+    patched = mock.patch.multiple(reference, forward=published_scan, directional_forward=directional)
+    with patched, use_backend(reference.NAME), torch.no_grad():
         yield
