@@ -36,7 +36,7 @@ from pages import DOCS, markdown, write_table
 
 from nnunetv2_lightnets.benchmark.analysis import Comparison, Settings, compare
 from nnunetv2_lightnets.benchmark.comparable import check_comparable
-from nnunetv2_lightnets.benchmark.networks_table import costs
+from nnunetv2_lightnets.benchmark.costs import trainer_costs
 from nnunetv2_lightnets.benchmark.results import read_results
 from nnunetv2_lightnets.benchmark.setting import Setting
 from nnunetv2_lightnets.benchmark.statistics import Interval
@@ -159,7 +159,7 @@ def keep(commands: Commands, run: Run, trainer: str, fold: Path, predictions: Pa
     plans = json.loads((commands.preprocessed / run.dataset / f"{PLANS}.json").read_text())
     setting = Setting("", plans, description, run.configuration)
     split = json.loads((commands.preprocessed / run.dataset / "splits_final.json").read_text())
-    network, parameters, macs = costs(find_trainer_class(trainer), setting)
+    network, parameters, macs = trainer_costs(find_trainer_class(trainer), setting)
     facts = {
         "trainer": trainer,
         "network": network,

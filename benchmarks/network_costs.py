@@ -18,8 +18,8 @@ from typing import Any
 
 from pages import DOCS, markdown, write_table
 
+from nnunetv2_lightnets.benchmark.costs import trainer_costs
 from nnunetv2_lightnets.benchmark.measure import BASELINE, CLAIMS, fitting_trainers
-from nnunetv2_lightnets.benchmark.networks_table import costs
 from nnunetv2_lightnets.benchmark.setting import patch_setting
 from nnunetv2_lightnets.benchmark.worker import check_claim, find_trainer_class
 
@@ -47,7 +47,7 @@ def count_networks() -> Iterable[dict[str, Any]]:
     for patch, channels, classes in INPUTS:
         setting = patch_setting(patch, channels, classes)
         for trainer in (BASELINE, *fitting_trainers(len(patch))):
-            counted = costs(find_trainer_class(trainer), setting)
+            counted = trainer_costs(find_trainer_class(trainer), setting)
             yield dict(zip(COLUMNS, (shown_input(setting.patch, channels, classes), trainer, *counted), strict=True))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_lightnets.benchmark.setting import Setting
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -34,3 +37,28 @@ def count_macs(network: nn.Module, input_channels: int, patch: Sequence[int]) ->
         network.eval()(torch.empty(1, input_channels, *patch, device=device))
     network.train(was_training)
     return int(counter.get_total_flops()) // 2
+
+
+def trainer_costs(trainer: type[Any], setting: Setting) -> tuple[str, int, int]:
+    """Name, parameters and MACs (one patch, one forward pass) of the network that a trainer trains on given plans.
+
+    Raises:
+        LightNetsError: the network needs a library that is not installed, or does not exist for these plans.
+    """
+    # Here, because this module is also imported by a trainer.
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_lightnets.training import LightNetsTrainer
+
+    plans = PlansManager(setting.plans)
+    configuration = plans.get_configuration(setting.configuration)
+    channels = setting.input_channels
+    classes = plans.get_label_manager(setting.dataset_json).num_segmentation_heads
+    ours = issubclass(trainer, LightNetsTrainer)
+    with torch.device("meta"):  # shapes are enough to count
+        if ours:
+            network = trainer.trained_network(configuration, channels, classes, False)
+        else:
+            network = trainer.build_network_architecture(plans, configuration, channels, classes, False)
+    name = trainer.network_name if ours else type(network).__name__
+    return name, count_parameters(network), count_macs(network, channels, setting.patch)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from nnunetv2_lightnets.errors import LightNetsError
-
-if TYPE_CHECKING:
-    from nnunetv2_lightnets.benchmark.setting import Setting
 
 DEFAULT_PATCH = {2: [512, 512], 3: [128, 128, 128]}
 
@@ -47,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def table(patch: list[int], channels: int, classes: int) -> Iterator[str]:
     """Lines of the table for one patch size: what each trainer builds from nnU-Net's plans, as soon as known."""
+    from nnunetv2_lightnets.benchmark.costs import trainer_costs
     from nnunetv2_lightnets.benchmark.measure import fitting_trainers
     from nnunetv2_lightnets.benchmark.setting import patch_setting
     from nnunetv2_lightnets.networks import network_entry
@@ -60,37 +57,10 @@ def table(patch: list[int], channels: int, classes: int) -> Iterator[str]:
         trainer = find_trainer(trainer_name)
         assert trainer is not None
         try:
-            name, parameters, macs = costs(trainer, setting)
+            name, parameters, macs = trainer_costs(trainer, setting)
         except LightNetsError as error:  # it needs a library that is not installed
             yield f"{trainer_name:<42}{error}"
             continue
         ours = issubclass(trainer, LightNetsTrainer)
         exists = ", ".join(f"{d}D" for d in (network_entry(name).spatial_dims if ours else (2, 3)))
         yield f"{trainer_name:<42}{name:<18}{exists:<8}{parameters / 1e6:>9.3f}{macs / 1e9:>10.2f}"
-
-
-def costs(trainer: type[Any], setting: Setting) -> tuple[str, int, int]:
-    """Name, parameters and MACs (one patch, one forward pass) of the network that a trainer trains on given plans.
-
-    Raises:
-        LightNetsError: the network needs a library that is not installed, or does not exist for these plans.
-    """
-    import torch
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from nnunetv2_lightnets.benchmark.costs import count_macs, count_parameters
-    from nnunetv2_lightnets.training import LightNetsTrainer
-
-    plans = PlansManager(setting.plans)
-    configuration = plans.get_configuration(setting.configuration)
-    channels = determine_num_input_channels(plans, configuration, setting.dataset_json)
-    classes = plans.get_label_manager(setting.dataset_json).num_segmentation_heads
-    ours = issubclass(trainer, LightNetsTrainer)
-    with torch.device("meta"):  # shapes are enough to count
-        if ours:
-            network = trainer.trained_network(configuration, channels, classes, False)
-        else:
-            network = trainer.build_network_architecture(plans, configuration, channels, classes, False)
-    name = trainer.network_name if ours else type(network).__name__
-    return name, count_parameters(network), count_macs(network, channels, setting.patch)

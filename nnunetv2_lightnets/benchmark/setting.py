@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -50,6 +51,16 @@ class Setting:
     def patch(self) -> tuple[int, ...]:
         """Patch size in voxels."""
         return tuple(int(n) for n in self._planned["patch_size"])
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the input, a cascade's previous segmentation included."""
+        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        plans = PlansManager(copy.deepcopy(self.plans))
+        configuration = plans.get_configuration(self.configuration)
+        return int(determine_num_input_channels(plans, configuration, self.dataset_json))
 
     @property
     def data_identifier(self) -> str:

@@ -113,7 +113,7 @@ def measure_prediction(trainer_class: type[Any], job: Job, device: Any) -> dict[
 
     memory = Memory(device)
     predicting = predictor(trainer_class, job, device)
-    patch = torch.randn(1, input_channels(job), *job.setting.patch, device=device)
+    patch = torch.randn(1, job.setting.input_channels, *job.setting.patch, device=device)
     memory.start()
     with torch.inference_mode(), autocast(device):
         inference = timed(lambda: predicting.network(patch), job.seconds, device)
@@ -193,7 +193,7 @@ def predictor(trainer_class: type[Any], job: Job, device: Any) -> Any:
     plans = PlansManager(copy.deepcopy(job.setting.plans))
     configuration = plans.get_configuration(job.setting.configuration)
     outputs = plans.get_label_manager(job.setting.dataset_json).num_segmentation_heads
-    network = trainer_class.build_network_architecture(plans, configuration, input_channels(job), outputs, False)
+    network = trainer_class.build_network_architecture(plans, configuration, job.setting.input_channels, outputs, False)
     predicting = nnUNetPredictor(
         use_mirroring=job.mirroring,
         perform_everything_on_device=device.type == "cuda",
@@ -207,16 +207,6 @@ def predictor(trainer_class: type[Any], job: Job, device: Any) -> Any:
     )
     predicting.network.eval()
     return predicting
-
-
-def input_channels(job: Job) -> int:
-    """Channels of the input, a cascade's previous segmentation included."""
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    plans = PlansManager(copy.deepcopy(job.setting.plans))
-    configuration = plans.get_configuration(job.setting.configuration)
-    return int(determine_num_input_channels(plans, configuration, job.setting.dataset_json))
 
 
 def make_batch(trainer: Any, job: Job) -> dict[str, Any]:
