@@ -98,13 +98,6 @@ RUNS = (
 )
 
 
-def must(commands: Commands, command: str, *arguments: str | Path) -> None:
-    """One command; SystemExit with the end of its output if it fails."""
-    done = commands.run(command, *arguments)
-    if done.code != 0:
-        raise SystemExit(f"{command} {' '.join(map(str, arguments))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
 def prepare(commands: Commands, raw: Path, run: Run) -> None:
     """Plan and preprocess once, write the plans that all trainings share, keep the data set's own split."""
     folder = commands.preprocessed / run.dataset
@@ -112,7 +105,7 @@ def prepare(commands: Commands, raw: Path, run: Run) -> None:
         return
     if not (commands.raw / run.dataset).exists():
         (commands.raw / run.dataset).symlink_to(raw / run.dataset)
-    must(commands, "nnUNetv2_plan_and_preprocess", "-d", run.number, "-c", run.configuration, "-np", "1")
+    commands.must("nnUNetv2_plan_and_preprocess", "-d", run.number, "-c", run.configuration, "-np", "1")
     if (split := raw / run.dataset / "splits_final.json").is_file():
         shutil.copy(split, folder)
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -127,7 +120,7 @@ def train(commands: Commands, run: Run, trainer: str) -> Path:
     words = (run.dataset, run.configuration, "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
     fold = commands.results / run.dataset / f"{trainer}__{PLANS}__{run.configuration}" / "fold_0"
     if not (fold / "validation" / "summary.json").is_file():
-        must(commands, "nnUNetv2_train", *words, *(["--c"] if fold.exists() else []))
+        commands.must("nnUNetv2_train", *words, *(["--c"] if fold.exists() else []))
     return fold
 
 
@@ -136,7 +129,7 @@ def predict(commands: Commands, run: Run, trainer: str) -> Path:
     out = commands.folder / "predictions" / run.dataset / trainer
     model = ("-d", run.dataset, "-c", run.configuration, "-f", "0", "-tr", trainer, "-p", PLANS)
     images = commands.raw / run.dataset / "imagesTs"
-    must(commands, "nnUNetv2_predict", "-i", images, "-o", out, *model, "-device", "cpu", "-npp", "1", "-nps", "1")
+    commands.must("nnUNetv2_predict", "-i", images, "-o", out, *model, "-device", "cpu", "-npp", "1", "-nps", "1")
     return out
 
 

@@ -215,7 +215,7 @@ def prepare(commands: Commands, kinds: Sequence[str], volumes: Path, rgb: Path |
     """Write the data sets, plan, add the configurations that nnU-Net does not plan for small data, preprocess."""
     folds_of = write_raw(commands, kinds, volumes, rgb)
     numbers = [str(DATA_SETS[kind].number) for kind in kinds]
-    must(commands, "nnUNetv2_plan_and_preprocess", "-d", *numbers, "--no_pp", "-npfp", "1")
+    commands.must("nnUNetv2_plan_and_preprocess", "-d", *numbers, "--no_pp", "-npfp", "1")
     for kind in kinds:
         folder = commands.preprocessed / DATA_SETS[kind].folder
         plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -227,18 +227,7 @@ def prepare(commands: Commands, kinds: Sequence[str], volumes: Path, rgb: Path |
         ]
         (folder / "splits_final.json").write_text(json.dumps(split))
     configurations = ("2d", "3d_fullres", "3d_lowres")
-    must(commands, "nnUNetv2_preprocess", "-d", *numbers, "-c", *configurations, "-np", "1", "1", "1")
-
-
-def must(commands: Commands, command: str, *arguments: str) -> None:
-    """Run a command that has no reason to fail.
-
-    Raises:
-        RuntimeError: if it does, with the end of what it wrote.
-    """
-    done = commands.run(command, *arguments)
-    if done.code != 0:
-        raise RuntimeError(f"{command} {' '.join(arguments)}: {done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    commands.must("nnUNetv2_preprocess", "-d", *numbers, "-c", *configurations, "-np", "1", "1", "1")
 
 
 def added_configurations(kind: str, planned: dict[str, Any]) -> dict[str, Any]:

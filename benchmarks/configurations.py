@@ -26,7 +26,7 @@ from pathlib import Path
 import SimpleITK as sitk
 from configuration_data import DATA_SETS, DataSet, prepare, remove_results
 from nnunet_server import Commands, Done
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 
 TRAINERS = (
     "nnUNetTrainerLightMUNetT",
@@ -265,14 +265,6 @@ def run_cell(name: str, commands: Commands, trainer: str) -> dict[str, str]:
     except (CellFailed, OSError) as error:
         outcome, reason = "failed", str(error)
     return dict(zip(COLUMNS, (re.sub(r"_.*", "", trainer), name, outcome, reason), strict=True))
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Rows that were written before."""
-    if not file.is_file():
-        return []
-    with open(file, newline="") as opened:
-        return list(csv.DictReader(opened))
 
 
 def write_rows(file: Path, rows: list[dict[str, str]]) -> None:

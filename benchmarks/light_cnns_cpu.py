@@ -37,7 +37,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -345,8 +345,7 @@ def measure(spatial_dims: int, turns: int) -> Iterator[dict[str, Any]]:
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page, and name the machine."""
-    with results.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(results)
     lines = ["; ".join(f"{key}: {rows[0][key]}" for key in MACHINE), ""]
     lines += markdown([column for column in rows[0] if column not in MACHINE], rows)
     write_table(PAGE, Path(__file__).name, lines)

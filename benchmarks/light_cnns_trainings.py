@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from nnunet_server import Commands
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 
 from nnunetv2_lightnets.benchmark.worker import machine
 
@@ -48,13 +48,6 @@ SMALL = {"2d": ([128, 128], 4), "3d_fullres": (None, 2)}  # patch (None: as plan
 HELD_OUT = 4
 
 
-def run(commands: Commands, command: str, *arguments: str | Path) -> None:
-    """One command; SystemExit with the end of its output if it fails."""
-    done = commands.run(command, *arguments)
-    if done.code != 0:
-        raise SystemExit(f"{command} {' '.join(map(str, arguments))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
 def plan(commands: Commands, raw: Path, dataset: str, configuration: str) -> None:
     """Preprocess once, make the plans small, hold few cases out; a data set's own split is kept."""
     folder = commands.preprocessed / dataset
@@ -63,7 +56,7 @@ def plan(commands: Commands, raw: Path, dataset: str, configuration: str) -> Non
     if not (commands.raw / dataset).exists():
         (commands.raw / dataset).symlink_to(raw / dataset)
     number = dataset[len("Dataset") :].partition("_")[0]
-    run(commands, "nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "1")
+    commands.must("nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", "1")
     own_split = raw / dataset / "splits_final.json"
     if own_split.is_file():
         split = json.loads(own_split.read_text())[0]
@@ -95,14 +88,14 @@ def held_out(commands: Commands, dataset: str) -> tuple[Path, Path, int]:
 
 def train_and_evaluate(commands: Commands, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
     """One row of the table."""
-    run(commands, "nnUNetv2_train", dataset, configuration, "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
+    commands.must("nnUNetv2_train", dataset, configuration, "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
     images, labels, number = held_out(commands, dataset)
     out = commands.folder / f"{dataset}_{configuration}_{trainer}"
     model = ("-d", dataset, "-c", configuration, "-f", "0", "-tr", trainer, "-p", PLANS)
     workers = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
-    run(commands, "nnUNetv2_predict", "-i", images, "-o", out, *model, *workers)
+    commands.must("nnUNetv2_predict", "-i", images, "-o", out, *model, *workers)
     files = ("-djfile", out / "dataset.json", "-pfile", out / "plans.json")
-    run(commands, "nnUNetv2_evaluate_folder", labels, out, *files, "-np", "1")
+    commands.must("nnUNetv2_evaluate_folder", labels, out, *files, "-np", "1")
     dice = json.loads((out / "summary.json").read_text())["foreground_mean"]["Dice"]
     return dict(zip(COLUMNS, (dataset, configuration, trainer, number, f"{dice:.4f}"), strict=True))
 
@@ -114,8 +107,7 @@ def write_page(results: Path) -> None:
         name = row["trainer"].partition("_")[0]
         return CASES.index((row["data set"], row["configuration"])), TRAINERS.index(name)
 
-    with results.open(newline="") as stream:
-        write_table(PAGE, Path(__file__).name, markdown(COLUMNS, sorted(csv.DictReader(stream), key=place)))
+    write_table(PAGE, Path(__file__).name, markdown(COLUMNS, sorted(read_rows(results), key=place)))
 
 
 def main() -> None:
@@ -132,10 +124,7 @@ def main() -> None:
     described = machine(torch.device("cpu"))
     described = {key: described[key] for key in ("processor", "cores", "threads", "torch")}
     commands = Commands(arguments.folder.resolve(), threads=arguments.threads)
-    rows: list[dict[str, Any]] = []
-    if arguments.out.is_file():
-        with arguments.out.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
+    rows: list[dict[str, Any]] = [*read_rows(arguments.out)]
     done = {(row["data set"], row["configuration"], row["trainer"]) for row in rows}
     for dataset, configuration in CASES:
         plan(commands, arguments.raw.resolve(), dataset, configuration)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 
 from nnunetv2_lightnets.benchmark.costs import trainer_costs
 from nnunetv2_lightnets.benchmark.measure import BASELINE, CLAIMS, fitting_trainers
@@ -71,12 +71,6 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
             stream.flush()
 
 
-def read_csv(file: Path) -> list[dict[str, str]]:
-    """Rows of a recorded file."""
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
 def claims_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Claims in M and G, beside what their counter gives and what is true."""
     columns = ("paper", "network", "input", "claim", "its counter gives", "counted here", "why")
@@ -104,9 +98,9 @@ def costs_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page."""
-    claims = claims_table(read_csv(results.with_name(CLAIMS_RESULTS.name)))
+    claims = claims_table(read_rows(results.with_name(CLAIMS_RESULTS.name)))
     title = "Every trainer's network at these inputs (channels→classes), million parameters / GMAC of one patch:"
-    write_table(PAGE, Path(__file__).name, [*claims, "", title, "", *costs_table(read_csv(results))])
+    write_table(PAGE, Path(__file__).name, [*claims, "", title, "", *costs_table(read_rows(results))])
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 from published_scan import use_published_scan
 from torch import Tensor, nn
 
@@ -359,8 +359,7 @@ def machine() -> dict[str, str]:
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page, as multiples of the baseline's time, and name the machine."""
-    with results.open(newline="") as stream:
-        recorded = list(csv.DictReader(stream))
+    recorded = read_rows(results)
     times: dict[str, dict[str, str]] = {}
     for row in recorded:
         if row["network"] != BASELINE and row["measurement"].startswith(("forward", "training step")):

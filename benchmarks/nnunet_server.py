@@ -118,6 +118,18 @@ class Commands:
                 code = process.wait()
         return Done(code, out.read_text(errors="replace"), err.read_text(errors="replace"))
 
+    def must(self, command: str, *arguments: str | Path) -> Done:
+        """Run a command that has no reason to fail.
+
+        Raises:
+            RuntimeError: if it does, with the end of what it wrote.
+        """
+        done = self.run(command, *arguments)
+        if done.code != 0:
+            words = " ".join(map(str, arguments))
+            raise RuntimeError(f"{command} {words}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return done
+
     def close(self) -> None:
         """End the prepared process."""
         if self._server is not None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 END = "<!-- end of table -->"
+
+
+def read_rows(results: Path) -> list[dict[str, str]]:
+    """Rows of a recorded CSV file; none where there is no file."""
+    if not results.is_file():
+        return []
+    with results.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[str]:

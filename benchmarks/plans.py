@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 from training_memory import ALLOCATOR, measured_memory
 
 from nnunetv2_lightnets.benchmark.setting import Setting, dataset_folder, read_json
@@ -65,10 +65,7 @@ def main() -> int:
     if args.case:
         print(json.dumps(case(*args.case, args.memory)))
         return 0
-    done = set()
-    if RESULTS.exists():
-        with open(RESULTS, newline="", encoding="utf-8") as file:
-            done = {(row["data set"], row["trainer"]) for row in csv.DictReader(file)}
+    done = {(row["data set"], row["trainer"]) for row in read_rows(RESULTS)}
     with open(RESULTS, "a", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not done:
@@ -89,8 +86,7 @@ def main() -> int:
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page, by data set."""
-    with results.open(newline="", encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: (row["data set"], TRAINERS.index(row["trainer"])))
+    rows = sorted(read_rows(results), key=lambda row: (row["data set"], TRAINERS.index(row["trainer"])))
     names = {"estimated_MB": "estimate (MB)", "measured_MB": "measured (MB)"}
     columns = [names.get(c, c) for c in COLUMNS if c not in ("memory_GB", "estimated_over_measured")]
     lines = [{names.get(key, key): value.replace(" x ", " × ") for key, value in row.items()} for row in rows]

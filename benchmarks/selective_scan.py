@@ -47,7 +47,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 from published_scan import use_published_scan
 from torch import Tensor
 
@@ -367,8 +367,7 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page, and name the machine."""
-    with results.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(results)
     about = json.loads(results.with_name(f"{results.stem}_machine.json").read_text())
     columns = [
         "case",
@@ -408,10 +407,8 @@ def main() -> None:
     description = arguments.output.with_name(f"{arguments.output.stem}_machine.json")
     description.write_text(json.dumps(machine(), indent=1) + "\n")
     by_case: dict[str, list[dict[str, Any]]] = {}
-    if arguments.output.is_file():  # cases that are not measured now are kept
-        with arguments.output.open(newline="") as stream:
-            for row in csv.DictReader(stream):
-                by_case.setdefault(row["case"], []).append(row)
+    for row in read_rows(arguments.output):  # cases that are not measured now are kept
+        by_case.setdefault(row["case"], []).append(row)
     for name in arguments.only:
         by_case[name] = [
             row

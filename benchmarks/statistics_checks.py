@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 from scipy import stats
 from tqdm import tqdm
 
@@ -77,8 +77,7 @@ def main() -> None:
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page."""
-    with results.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(results)
     write_table(PAGE, Path(__file__).name, markdown([column for column in rows[0] if column != "draws"], rows))
 
 

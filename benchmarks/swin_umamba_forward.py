@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
 import time
 from functools import partial
@@ -22,11 +21,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 from published_scan import use_published_scan
 from torch import nn
 
 from nnunetv2_lightnets import create_network
+from nnunetv2_lightnets.benchmark.worker import machine
 from nnunetv2_lightnets.networks import prepare_for_inference
 from nnunetv2_lightnets.networks.vss import SS2D
 from nnunetv2_lightnets.ops import available_backends, use_backend
@@ -73,19 +73,9 @@ def forward_seconds(name: str, size: int, repeats: int) -> dict[str, float]:
     return {way: statistics.median(values) for way, values in times.items()}
 
 
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def write_page(results: Path) -> None:
     """Put what is recorded on the page."""
-    with results.open(newline="") as stream:
-        write_table(PAGE, Path(__file__).name, markdown(COLUMNS, csv.DictReader(stream)))
+    write_table(PAGE, Path(__file__).name, markdown(COLUMNS, read_rows(results)))
 
 
 def main() -> None:
@@ -107,7 +97,7 @@ def main() -> None:
                 "seconds": f"{time_taken:.3g}",
                 "times faster than published": f"{times[PUBLISHED] / time_taken:.1f}",
                 "threads": arguments.threads,
-                "processor": processor(),
+                "processor": machine(torch.device("cpu"))["processor"],
                 "torch": torch.__version__,
             }
             for way, time_taken in times.items()

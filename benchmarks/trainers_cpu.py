@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 
 from nnunetv2_lightnets.benchmark.measure import BASELINE
 
@@ -83,8 +83,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def write_page(results: Path) -> None:
     """Put what is recorded on the page."""
-    with results.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(results)
     one = rows[0]
     title = f"{one['processor']}, {one['threads']} threads, torch {one['torch']}; training with batch {one['batch']}:"
     write_table(PAGE, Path(__file__).name, [title, "", *table(rows)])

@@ -4,13 +4,14 @@ Each case runs in a process of its own. Measured is the growth of the process's 
 is made to the peak of its training steps; steps on a small patch come before, so that libraries are loaded. The C
 library's allocator is told to give back what is freed, so that the numbers are of tensors and not of its pools.
 
-    python benchmarks/training_memory.py [benchmarks/results/training_memory.csv]
+    python benchmarks/training_memory.py
 
 The table of ``docs/planning.md`` is made of the rows.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import gc
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pages import DOCS, markdown, write_table
+from pages import DOCS, markdown, read_rows, write_table
 
 from nnunetv2_lightnets.benchmark.setting import Setting, patch_setting
 from nnunetv2_lightnets.benchmark.worker import Job, Memory, find_trainer_class, make_batch, make_trainer
@@ -47,22 +48,28 @@ COLUMNS = ("trainer", "patch", "batch", "saved_MB", "estimated_MB", "measured_MB
 
 
 def main() -> int:
-    if len(sys.argv) == 4:
-        print(json.dumps(measure(sys.argv[1], tuple(json.loads(sys.argv[2])), int(sys.argv[3]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--case", nargs=3, metavar=("TRAINER", "PATCH", "BATCH"), help="this one alone, as JSON; used by itself"
+    )
+    args = parser.parse_args()
+    if args.case:
+        trainer, patch, batch = args.case
+        print(json.dumps(measure(trainer, tuple(json.loads(patch)), int(batch))))
         return 0
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    with open(file, "w", newline="", encoding="utf-8") as output:
+    with open(args.out, "w", newline="", encoding="utf-8") as output:
         table = csv.DictWriter(output, COLUMNS, lineterminator="\n")
         table.writeheader()
         for trainer, patch, batch in CASES:
-            command = [sys.executable, __file__, trainer, json.dumps(patch), str(batch)]
+            command = [sys.executable, __file__, "--case", trainer, json.dumps(patch), str(batch)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
             row = json.loads(done.stdout.splitlines()[-1])
             table.writerow(row)
             output.flush()
             print(*row.values(), sep="  ")
-    if file == RESULTS:
-        write_page(file)
+    if args.out == RESULTS:
+        write_page(RESULTS)
     return 0
 
 
@@ -70,11 +77,10 @@ def write_page(results: Path) -> None:
     """Put what is recorded on the page."""
     titles = ("trainer", "patch", "batch", "estimate (MB)", "measured (MB)", "estimate / measured")
     columns = [column for column in COLUMNS if column != "saved_MB"]
-    with results.open(newline="", encoding="utf-8") as stream:
-        rows = [
-            {title: row[column].replace(" x ", " × ") for title, column in zip(titles, columns, strict=True)}
-            for row in csv.DictReader(stream)
-        ]
+    rows = [
+        {title: row[column].replace(" x ", " × ") for title, column in zip(titles, columns, strict=True)}
+        for row in read_rows(results)
+    ]
     write_table(PAGE, Path(__file__).name, markdown(titles, rows))
 
 

@@ -16,6 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 from nnunet_server import Commands
+from pages import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,7 +109,7 @@ def test_every_cell_runs_or_is_refused(trainer: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     where = ["--folder", str(tmp_path / "nnU-Net"), "--volumes", volumes, "--rgb", rgb]
     matrix.main([*where, "--trainer", trainer, "--out", str(out)])
-    rows = matrix.read_rows(out)
+    rows = read_rows(out)
     assert len(rows) == len(matrix.CELLS)
     assert not [row for row in rows if row["outcome"] == "failed"]
     refused = {row["cell"] for row in rows if row["outcome"] == "refused"}
