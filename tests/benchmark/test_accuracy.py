@@ -56,7 +56,9 @@ def test_the_table_has_means_over_cases_and_paired_differences(kept: tuple[Datas
         assert row["Dice, anterior"] == f"{100 * dice[:, 0].mean():.1f}"
         assert row["mean Dice"].startswith(f"{means[-1]:.1f} [")
     assert of[1]["difference"].startswith(f"{means[1] - means[0]:+.1f} [-")
-    assert of[1]["verdict"].startswith("worse") or of[1]["verdict"].startswith("inconclusive")
+    # Of four subjects no rank test can be sure: the smallest two-sided p-value is 2 / 2**4.
+    assert of[1]["p (Holm)"] == f"{2 / 2**4:.2g}"
+    assert of[1]["verdict"].startswith("inconclusive")
 
 
 def test_nothing_is_compared_without_the_reference(kept: tuple[Dataset, Path]) -> None:

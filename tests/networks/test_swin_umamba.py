@@ -295,6 +295,16 @@ def test_forward_on_a_cpu_is_15_times_as_fast_as_with_the_published_scan(name: s
     assert times["published"] / times["native, prepared"] >= 15, times
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_the_same_comes_out_and_the_image_stays(name: str) -> None:
+    network, x = small(name).eval(), torch.randn(2, 1, 48, 32)
+    before, expected = x.clone(), network(x)
+    with torch.no_grad():  # residual blocks then work in place
+        torch.testing.assert_close(network(x), expected.detach())
+        torch.testing.assert_close(prepare_for_inference(network)(x), expected.detach(), rtol=0, atol=1e-4)
+    assert torch.equal(x, before)
+
+
 # Sizes
 
 SIZES = [(32, 32), (33, 34), (66, 66), (48, 80), (8, 8), (9, 70)]
