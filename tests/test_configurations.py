@@ -56,13 +56,14 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     commands.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "cell"),
     [
-        pytest.param("nnUNetTrainerULite", "3d_lowres, fold all -> 3d_cascade_fullres", marks=pytest.mark.slow),
+        ("nnUNetTrainerULite", "3d_lowres, fold all -> 3d_cascade_fullres"),
         ("nnUNetTrainerLightMUNetT", "2d, regions and ignore label"),
         ("nnUNetTrainerUltraLightUNetT", "3d, bottleneck of one voxel, batch size 1"),
-        pytest.param("nnUNetTrainerULite", "best configuration, ensemble, postprocessing", marks=pytest.mark.slow),
+        ("nnUNetTrainerULite", "best configuration, ensemble, postprocessing"),
     ],
 )
 def test_a_cell_runs(commands: Commands, trainer: str, cell: str) -> None:
@@ -70,6 +71,7 @@ def test_a_cell_runs(commands: Commands, trainer: str, cell: str) -> None:
     assert row == {"trainer": trainer, "cell": cell, "outcome": "run", "reason": ""}
 
 
+@pytest.mark.slow
 def test_a_trainer_for_2d_refuses_3d_in_one_line_and_writes_nothing(commands: Commands) -> None:
     trainer = "nnUNetTrainerSwinUMambaDScratch" + matrix.BUDGET
     row = matrix.run_cell("3d_fullres", commands, trainer)
@@ -79,6 +81,7 @@ def test_a_trainer_for_2d_refuses_3d_in_one_line_and_writes_nothing(commands: Co
     assert not list(commands.results.glob(f"*/{trainer}*"))
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_fails_its_cell(commands: Commands) -> None:
     row = matrix.run_cell("3d_fullres, regions", commands, "nnUNetTrainerULite" + matrix.BUDGET)
     assert row["outcome"] == "failed"  # that data set was not made

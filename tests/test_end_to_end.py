@@ -60,6 +60,7 @@ def test_a_new_process_predicts_and_nnunet_evaluates(trained: tuple[NNUNet, str]
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(trained: tuple[NNUNet, str]) -> None:
     nnunet, configuration = trained
     trainer = "nnUNetTrainerLightMUNetT_3epochs_5iters"
