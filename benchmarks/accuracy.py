@@ -86,7 +86,7 @@ class Run:
 
 
 RUNS = (
-    Run("Dataset504_Hippocampus", "3d_fullres", None, 2, "_2epochs_250iters", CONTROLLED, scans_of_a_subject=2),
+    Run("Dataset504_Hippocampus", "3d_fullres", None, 2, "_4epochs_250iters", CONTROLLED, scans_of_a_subject=2),
     Run(
         "Dataset505_DSB2018Nuclei",
         "2d",
