@@ -14,6 +14,7 @@ SCRIPTS = {  # each has write_page(results)
     "configurations": "configurations.csv",
     "light_cnns_cpu": "light_cnns_cpu.csv",
     "light_cnns_trainings": "light_cnns_trainings.csv",
+    "network_costs": "network_costs.csv",
     "networks_cpu": "networks_cpu.csv",
     "plans": "plans.csv",
     "selective_scan": "selective_scan.csv",
