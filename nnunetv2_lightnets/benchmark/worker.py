@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -99,10 +101,9 @@ def measure(job: Job, folder: Path) -> dict[str, Any]:
         torch.set_num_threads(job.threads)
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trainer_class = find_trainer_class(job.trainer)
-    row: dict[str, Any] = {"claims": [check_claim(trainer_class, claim) for claim in job.claims]}
-    row |= measure_prediction(trainer_class, job, device)
-    gc.collect()
+    row = measure_prediction(trainer_class, job, device)
     row |= measure_training(trainer_class, job, folder, device)
+    row["claims"] = [check_claim(trainer_class, claim) for claim in job.claims]
     row["machine"] = machine(device)
     return row
 
@@ -272,10 +273,12 @@ class Memory:
 
     def __init__(self, device: Any) -> None:
         self.cuda = device.type == "cuda"
+        _release_unused()
         self.before = 0 if self.cuda else _resident("VmRSS")
 
     def start(self) -> None:
         """Forget earlier peaks."""
+        _release_unused()
         if self.cuda:
             import torch
 
@@ -295,6 +298,13 @@ class Memory:
 
 
 _STATUS = Path("/proc/self/status")
+
+
+def _release_unused() -> None:
+    """Give what nothing uses back to the system, or it counts as held before, and what reuses it does not count."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -181,6 +182,20 @@ def test_memory_is_what_was_needed_at_most():
     assert 190e6 < memory.peak() < 260e6
     memory.start()
     assert memory.peak() < 60e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this system's memory cannot be given back")
+def test_memory_that_was_freed_before_is_counted_when_it_is_used_again():
+    def small_tensors() -> list[torch.Tensor]:  # the system's allocator keeps what is freed of such sizes
+        return [torch.ones(25_000) for _ in range(2000)]  # 200 MB
+
+    blocks, behind_them = small_tensors(), torch.ones(1)
+    del blocks
+    memory = Memory(torch.device("cpu"))
+    memory.start()
+    small_tensors()
+    del behind_them
+    assert memory.peak() > 190e6
 
 
 def test_regions_and_deep_supervision_have_their_targets():
