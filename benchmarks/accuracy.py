@@ -1,14 +1,15 @@
 """Accuracy at equal small budgets on real data, through nnU-Net's commands; a control beside each idea.
 
-    python benchmarks/accuracy.py --folder WORK --raw RAW [--data 504 505] [--trainer NAME ...]
+    python benchmarks/accuracy.py --folder WORK --raw RAW [--data 504 505] [--trainer NAME ...] [--recipe]
 
 takes the data sets of RUNS from RAW (in nnU-Net's raw format) and, for each of them and each trainer, runs
 
     nnUNetv2_plan_and_preprocess, nnUNetv2_train (fold 0, with its validation), nnUNetv2_predict (imagesTs)
 
 in nnU-Net folders under WORK, with a copy of nnU-Net's plans that has the batch (and, in 2D, the patch) of RUNS. A data
-set's own ``splits_final.json`` is kept: Hippocampus has two scans of each subject, which must not be torn apart. What a
-training leaves goes to ``benchmarks/results/accuracy/DATASET/TRAINER``:
+set's own ``splits_final.json`` is kept: Hippocampus has two scans of each subject, which must not be torn apart. A
+run with a ``recipe`` trains all its networks with that one trainer, nnU-Net's own: the plans name the network then, as
+``nnUNetv2_lightnets plan`` writes them. What a training leaves goes to ``benchmarks/results/accuracy/RUN/TRAINER``:
 
 * ``summary.json``: nnU-Net's scores of the validation cases; ``nnUNetv2_lightnets compare`` reads these folders;
 * ``predictions.zip``: the label maps of the test images, whose labels this script does not need: score them with
@@ -26,7 +27,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from nnunetv2_lightnets.benchmark.results import read_results
 from nnunetv2_lightnets.benchmark.setting import Setting
 from nnunetv2_lightnets.benchmark.statistics import Interval
 from nnunetv2_lightnets.benchmark.worker import find_trainer_class, machine
+from nnunetv2_lightnets.plans.planner import Planner
 
 PLANS = "nnUNetPlansSmall"
 MARGIN = 0.01  # decided before any training: one Dice point
@@ -69,6 +71,7 @@ class Run:
         budget: suffix of the trainers' names.
         trainers: to train, the reference first.
         scans_of_a_subject: cases 1 to n are one subject, n + 1 to 2 n the next, by the number in their name.
+        recipe: nnU-Net's trainer that trains the networks of ``trainers``, in place of these; None for themselves.
     """
 
     dataset: str
@@ -78,24 +81,40 @@ class Run:
     budget: str
     trainers: tuple[str, ...]
     scans_of_a_subject: int = 1
+    recipe: str | None = None
 
     @property
     def number(self) -> str:
         """The data set's number."""
         return self.dataset[len("Dataset") :].partition("_")[0]
 
+    @property
+    def name(self) -> str:
+        """Folder of what is kept."""
+        return self.dataset if self.recipe is None else f"{self.dataset}_{self.recipe}"
 
-RUNS = (
-    Run("Dataset504_Hippocampus", "3d_fullres", None, 2, "_4epochs_250iters", CONTROLLED, scans_of_a_subject=2),
-    Run(
-        "Dataset505_DSB2018Nuclei",
-        "2d",
-        (128, 128),
-        4,
-        "_2epochs_250iters",
-        (*CONTROLLED, "nnUNetTrainerSwinUMambaScratch"),
-    ),
+    def trains(self, trainer: str) -> str:
+        """The trainer that nnU-Net is given for the network of ``trainer``, with its budget."""
+        return (self.recipe or trainer) + self.budget
+
+    def plans(self, trainer: str) -> str:
+        """The plans that nnU-Net is given for the network of ``trainer``."""
+        return PLANS if self.recipe is None else f"{PLANS}_{trainer}"
+
+
+HIPPOCAMPUS = Run(
+    "Dataset504_Hippocampus", "3d_fullres", None, 2, "_4epochs_250iters", CONTROLLED, scans_of_a_subject=2
 )
+NUCLEI = Run(
+    "Dataset505_DSB2018Nuclei",
+    "2d",
+    (128, 128),
+    4,
+    "_2epochs_250iters",
+    (*CONTROLLED, "nnUNetTrainerSwinUMambaScratch"),
+)
+TWINS = ("nnUNetTrainerLightMUNetSNoScan", "nnUNetTrainerLightMUNetS")
+RUNS = (HIPPOCAMPUS, NUCLEI, *(replace(run, trainers=TWINS, recipe="nnUNetTrainer") for run in (HIPPOCAMPUS, NUCLEI)))
 
 
 def prepare(commands: Commands, raw: Path, run: Run) -> None:
@@ -115,34 +134,52 @@ def prepare(commands: Commands, raw: Path, run: Run) -> None:
     (folder / f"{PLANS}.json").write_text(json.dumps(plans, indent=1))
 
 
+def name_network(folder: Path, run: Run, trainer: str) -> None:
+    """Write plans with the network of ``trainer``, and the patch and batch of all, beside the shared ones."""
+    name = run.plans(trainer)
+    shared = json.loads((folder / f"{PLANS}.json").read_text())
+    description = json.loads((folder / "dataset.json").read_text())
+    patch = shared["configurations"][run.configuration]["patch_size"]
+    fixed = {"patch": {len(patch): patch}, "batch_size": {len(patch): run.batch}}
+    planner = Planner(find_trainer_class(trainer), shared, description, name, **fixed)
+    planner.plan([run.configuration])
+    (folder / f"{name}.json").write_text(json.dumps(planner.plans, indent=1))
+
+
+def model(run: Run, trainer: str) -> tuple[str, ...]:
+    """The words that name a training to nnU-Net's commands."""
+    return ("-tr", run.trains(trainer), "-p", run.plans(trainer), "-device", "cpu")
+
+
 def train(commands: Commands, run: Run, trainer: str) -> Path:
     """Train (or go on) with validation; returns the folder of the fold."""
-    words = (run.dataset, run.configuration, "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
-    fold = commands.results / run.dataset / f"{trainer}__{PLANS}__{run.configuration}" / "fold_0"
+    folder = commands.results / run.dataset / f"{run.trains(trainer)}__{run.plans(trainer)}__{run.configuration}"
+    fold = folder / "fold_0"
     if not (fold / "validation" / "summary.json").is_file():
+        words = (run.dataset, run.configuration, "0", *model(run, trainer))
         commands.must("nnUNetv2_train", *words, *(["--c"] if fold.exists() else []))
     return fold
 
 
 def predict(commands: Commands, run: Run, trainer: str) -> Path:
     """Predict the test images as nnU-Net does by default, mirrored; returns the folder of label maps."""
-    out = commands.folder / "predictions" / run.dataset / trainer
-    model = ("-d", run.dataset, "-c", run.configuration, "-f", "0", "-tr", trainer, "-p", PLANS)
+    out = commands.folder / "predictions" / run.name / trainer
     images = commands.raw / run.dataset / "imagesTs"
-    commands.must("nnUNetv2_predict", "-i", images, "-o", out, *model, "-device", "cpu", "-npp", "1", "-nps", "1")
+    which = ("-d", run.dataset, "-c", run.configuration, "-f", "0", *model(run, trainer))
+    commands.must("nnUNetv2_predict", "-i", images, "-o", out, *which, "-npp", "1", "-nps", "1")
     return out
 
 
-def iterations(trainer: str) -> int:
-    """Training steps that a trainer's name promises."""
-    found = re.search(r"_(\d+)epochs_(\d+)iters$", trainer)
+def iterations(budget: str) -> int:
+    """Training steps that a trainer's suffix promises."""
+    found = re.search(r"_(\d+)epochs_(\d+)iters$", budget)
     assert found is not None
     return int(found[1]) * int(found[2])
 
 
 def keep(commands: Commands, run: Run, trainer: str, fold: Path, predictions: Path, threads: int) -> None:
     """Write what is kept of a training, last of all what says that it is complete."""
-    kept = RESULTS / run.dataset / trainer
+    kept = RESULTS / run.name / (trainer + run.budget)
     kept.mkdir(parents=True, exist_ok=True)
     description = json.loads((commands.raw / run.dataset / "dataset.json").read_text())
     (kept.parent / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -152,16 +189,16 @@ def keep(commands: Commands, run: Run, trainer: str, fold: Path, predictions: Pa
     plans = json.loads((commands.preprocessed / run.dataset / f"{PLANS}.json").read_text())
     setting = Setting("", plans, description, run.configuration)
     split = json.loads((commands.preprocessed / run.dataset / "splits_final.json").read_text())
-    network, parameters, macs = trainer_costs(find_trainer_class(trainer), setting)
+    network, parameters, macs = trainer_costs(find_trainer_class(trainer + run.budget), setting)
     facts = {
-        "trainer": trainer,
+        "trainer": run.trains(trainer),
         "network": network,
         "configuration": run.configuration,
         "patch": list(setting.patch),
         "batch": run.batch,
         "parameters": parameters,
         "macs": macs,
-        "iterations": iterations(trainer),
+        "iterations": iterations(run.budget),
         "cases trained on": len(split[0]["train"]),
     }
     described = machine(torch.device("cpu")) | {"threads": threads}
@@ -177,14 +214,15 @@ def keep(commands: Commands, run: Run, trainer: str, fold: Path, predictions: Pa
 def compared(run: Run, folder: Path) -> Comparison | None:
     """The comparison of all that is recorded of a data set with its reference; None without two of them."""
     names = [name + run.budget for name in run.trainers]
-    there = [name for name in names if (folder / run.dataset / name / "summary.json").is_file()]
+    there = [name for name in names if (folder / run.name / name / "summary.json").is_file()]
     if len(there) < 2 or there[0] != names[0]:
         return None
-    results = read_results([str(folder / run.dataset / name) for name in there])
+    results = read_results([str(folder / run.name / name) for name in there])
     check_comparable(results, ["Dice"])
-    subjects = {case: f"{(int(case[-3:]) - 1) // run.scans_of_a_subject:03d}" for case in results[0].cases}
-    by_subject = subjects if run.scans_of_a_subject > 1 else None
-    return compare(results, Settings(("Dice",), MARGIN), subjects=by_subject)
+    subjects = None
+    if run.scans_of_a_subject > 1:
+        subjects = {case: f"{(int(case[-3:]) - 1) // run.scans_of_a_subject:03d}" for case in results[0].cases}
+    return compare(results, Settings(("Dice",), MARGIN), subjects=subjects)
 
 
 def shown(value: float, interval: Interval | None, sign: str = "") -> str:
@@ -197,13 +235,13 @@ def table(run: Run, folder: Path) -> list[str]:
     """Markdown: what was trained and how, a row for each network, and the notes of the comparison."""
     comparison = compared(run, folder)
     if comparison is None:
-        return [f"{run.dataset}: not trained yet."]
-    facts = {name: json.loads((folder / run.dataset / name / "training.json").read_text()) for name in comparison.names}
+        return [f"{run.name}: not trained yet."]
+    facts = {name: json.loads((folder / run.name / name / "training.json").read_text()) for name in comparison.names}
     overall, structures = comparison.overall("Dice"), comparison.by_structure("Dice")
     rows: list[Mapping[str, Any]] = []
     for i, (score, difference) in enumerate(zip(overall.scores, [None, *overall.differences], strict=True)):
         row = {
-            "trainer": score.result.removesuffix(run.budget),
+            "trainer" if run.recipe is None else "network of": score.result.removesuffix(run.budget),
             "parameters (M)": f"{facts[score.result]['parameters'] / 1e6:.2f}",
             "GMAC": f"{facts[score.result]['macs'] / 1e9:.2f}",
         }
@@ -217,8 +255,9 @@ def table(run: Run, folder: Path) -> list[str]:
     one = facts[comparison.names[0]]
     cases = len(comparison.reference.cases)
     units = f"{cases} cases" if comparison.subjects is None else f"{cases} scans of {comparison.subjects} subjects"
+    recipe = "" if run.recipe is None else f", all with {run.recipe}"
     title = (
-        f"**{run.dataset}, {run.configuration}**: {one['iterations']} iterations of {one['batch']} patches of "
+        f"**{run.dataset}, {run.configuration}{recipe}**: {one['iterations']} iterations of {one['batch']} patches of "
         f"{'×'.join(map(str, one['patch']))}, {one['cases trained on']} cases to train on, {units} to validate on."
     )
     return [title, "", *markdown(list(dict.fromkeys(key for row in rows for key in row)), rows)]
@@ -239,20 +278,22 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, required=True, help="nnUNet_raw with the data sets of RUNS")
     parser.add_argument("--data", nargs="+", choices=[run.number for run in RUNS], help="all by default")
     parser.add_argument("--trainer", nargs="+", metavar="NAME", help="without suffix; all by default")
+    parser.add_argument("--recipe", action="store_true", help="only the runs with one recipe for all networks")
     parser.add_argument("--threads", type=int, default=1, help="more may hang forked predictions")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     commands = Commands(args.folder.resolve(), threads=args.threads)
     for run in RUNS:
-        if args.data and run.number not in args.data:
+        if (args.data and run.number not in args.data) or (args.recipe and run.recipe is None):
             continue
         prepare(commands, args.raw.resolve(), run)
-        for name in run.trainers:
-            trainer = name + run.budget
-            if (args.trainer and name not in args.trainer) or (
-                RESULTS / run.dataset / trainer / "summary.json"
-            ).exists():
+        for trainer in run.trainers:
+            if args.trainer and trainer not in args.trainer:
                 continue
+            if (RESULTS / run.name / (trainer + run.budget) / "summary.json").exists():
+                continue
+            if run.recipe is not None:
+                name_network(commands.preprocessed / run.dataset, run, trainer)
             fold = train(commands, run, trainer)
             keep(commands, run, trainer, fold, predict(commands, run, trainer), args.threads)
             write_page(RESULTS)
