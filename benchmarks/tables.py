@@ -16,10 +16,12 @@ SCRIPTS = {  # each has write_page(results)
     "light_cnns_trainings": "light_cnns_trainings.csv",
     "network_costs": "network_costs.csv",
     "networks_cpu": "networks_cpu.csv",
+    "overview": ".",
     "plans": "plans.csv",
     "selective_scan": "selective_scan.csv",
     "statistics_checks": "statistics_checks.csv",
     "swin_umamba_forward": "swin_umamba_forward_cpu.csv",
+    "trainers_cpu": "trainers_cpu.csv",
     "training_memory": "training_memory.csv",
 }
 

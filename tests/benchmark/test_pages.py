@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
+import json
 import shutil
+import statistics
 from pathlib import Path
 from types import ModuleType
 
+import overview
 import pages
 import pytest
 import tables
@@ -25,6 +29,21 @@ def test_a_page_shows_what_is_recorded(
     before = page.read_text()
     module.write_page(tables.RESULTS / results)
     assert page.read_text() == before
+
+
+def test_readmes_numbers_are_those_of_the_recorded_files() -> None:
+    lines = overview.table(overview.PARTS[0], tables.RESULTS)
+    rows = {line.strip("| ").split(" | ")[0].strip("`"): line.strip("| ").split(" | ") for line in lines}
+    with (tables.RESULTS / "trainers_cpu.csv").open(newline="") as stream:
+        seconds = {(r["patch"], r["trainer"]): float(r["training_s"]) for r in csv.DictReader(stream)}
+    ratio = seconds["64×64×64", "nnUNetTrainerULite"] / seconds["64×64×64", "nnUNetTrainer"]
+    kept = tables.RESULTS / "accuracy" / "Dataset504_Hippocampus" / "nnUNetTrainerULite_4epochs_250iters"
+    cases = json.loads((kept / "summary.json").read_text())["metric_per_case"]
+    dice = [statistics.fmean(label["Dice"] for label in case["metrics"].values()) for case in cases]
+    # Two scans of a subject count as one there, so the means differ a little.
+    assert float(rows["nnUNetTrainerULite"][5]) == pytest.approx(100 * statistics.fmean(dice), abs=0.5)
+    assert rows["nnUNetTrainerULite"][4] == f"{ratio:.2f}×"
+    assert rows["nnUNetTrainer"][3:5] == ["1.00×", "1.00×"]
 
 
 def test_only_what_is_between_the_marks_changes(tmp_path: Path) -> None:
