@@ -276,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where nnU-Net's folders go")
     parser.add_argument("--raw", type=Path, required=True, help="nnUNet_raw with the data sets of RUNS")
-    parser.add_argument("--data", nargs="+", choices=[run.number for run in RUNS], help="all by default")
+    parser.add_argument("--data", nargs="+", choices=sorted({run.number for run in RUNS}), help="all by default")
     parser.add_argument("--trainer", nargs="+", metavar="NAME", help="without suffix; all by default")
     parser.add_argument("--recipe", action="store_true", help="only the runs with one recipe for all networks")
     parser.add_argument("--threads", type=int, default=1, help="more may hang forked predictions")

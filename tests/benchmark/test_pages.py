@@ -46,6 +46,19 @@ def test_readmes_numbers_are_those_of_the_recorded_files() -> None:
     assert rows["nnUNetTrainer"][3:5] == ["1.00×", "1.00×"]
 
 
+def test_a_single_image_makes_most_of_the_lead_on_nuclei() -> None:
+    """As docs/accuracy.md says of U-Lite and UltraLightUNet."""
+
+    def dice(trainer: str) -> list[float]:
+        kept = tables.RESULTS / "accuracy" / "Dataset505_DSB2018Nuclei" / f"{trainer}_2epochs_250iters"
+        cases = json.loads((kept / "summary.json").read_text())["metric_per_case"]
+        return [case["metrics"]["1"]["Dice"] for case in sorted(cases, key=lambda case: case["prediction_file"])]
+
+    for trainer in ("nnUNetTrainerULite", "nnUNetTrainerUltraLightUNet"):
+        gains = [new - old for new, old in zip(dice(trainer), dice("nnUNetTrainer"), strict=True)]
+        assert max(gains) > sum(gains) / 2 > 0
+
+
 def test_only_what_is_between_the_marks_changes(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     marks = "<!-- table: benchmarks/{}.py -->\nold\n<!-- end of table -->\n"
