@@ -35,13 +35,13 @@ import torch
 from nnunet_server import Commands
 from pages import DOCS, markdown, write_table
 
-from nnunetv2_lightnets.benchmark.analysis import Comparison, Settings, compare
-from nnunetv2_lightnets.benchmark.comparable import check_comparable
-from nnunetv2_lightnets.benchmark.costs import trainer_costs
-from nnunetv2_lightnets.benchmark.results import read_results
-from nnunetv2_lightnets.benchmark.setting import Setting
-from nnunetv2_lightnets.benchmark.statistics import Interval
-from nnunetv2_lightnets.benchmark.worker import find_trainer_class, machine
+from nnunetv2_lightnets.comparison.analysis import Comparison, Settings, compare
+from nnunetv2_lightnets.comparison.comparable import check_comparable
+from nnunetv2_lightnets.comparison.results import read_results
+from nnunetv2_lightnets.comparison.statistics import Interval
+from nnunetv2_lightnets.costs.trainers import find_trainer_class, trainer_costs
+from nnunetv2_lightnets.costs.worker import machine
+from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.plans.planner import Planner
 
 PLANS = "nnUNetPlansSmall"

@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nnunetv2_lightnets import create_network
-from nnunetv2_lightnets.benchmark.worker import machine
+from nnunetv2_lightnets.costs.worker import machine
 from nnunetv2_lightnets.networks import layers, prepare_for_inference, ulite, ultralight_unet
 
 BASELINE = "PlainConvUNet"

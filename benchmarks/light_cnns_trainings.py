@@ -25,7 +25,7 @@ import torch
 from nnunet_server import Commands
 from pages import DOCS, markdown, read_rows, write_table
 
-from nnunetv2_lightnets.benchmark.worker import machine
+from nnunetv2_lightnets.costs.worker import machine
 
 CASES = (
     ("Dataset505_DSB2018Nuclei", "2d"),

@@ -18,10 +18,10 @@ from typing import Any
 
 from pages import DOCS, markdown, read_rows, write_table
 
-from nnunetv2_lightnets.benchmark.costs import trainer_costs
-from nnunetv2_lightnets.benchmark.measure import BASELINE, CLAIMS, fitting_trainers
-from nnunetv2_lightnets.benchmark.setting import patch_setting
-from nnunetv2_lightnets.benchmark.worker import check_claim, find_trainer_class
+from nnunetv2_lightnets.costs.command import CLAIMS
+from nnunetv2_lightnets.costs.trainers import BASELINE, find_trainer_class, fitting_trainers, trainer_costs
+from nnunetv2_lightnets.costs.worker import check_claim
+from nnunetv2_lightnets.nnunet.plans import patch_setting
 
 RESULTS = Path(__file__).parent / "results" / "network_costs.csv"
 CLAIMS_RESULTS = RESULTS.with_name("paper_claims.csv")

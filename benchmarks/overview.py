@@ -13,7 +13,7 @@ from typing import Any
 from accuracy import HIPPOCAMPUS, NUCLEI, RUNS, Run, compared
 from pages import DOCS, markdown, read_rows, write_table
 
-from nnunetv2_lightnets.benchmark.measure import BASELINE
+from nnunetv2_lightnets.costs.trainers import BASELINE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = DOCS.parent / "README.md"

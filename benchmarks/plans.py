@@ -21,9 +21,11 @@ import torch
 from pages import DOCS, markdown, read_rows, write_table
 from training_memory import ALLOCATOR, measured_memory
 
-from nnunetv2_lightnets.benchmark.setting import Setting, dataset_folder, read_json
-from nnunetv2_lightnets.benchmark.worker import find_trainer_class
+from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.files import read_json
 from nnunetv2_lightnets.networks import network_entry
+from nnunetv2_lightnets.nnunet.folders import dataset_folder
+from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.plans.planner import Planner, plans_name
 
 RESULTS = Path(__file__).parent / "results" / "plans.csv"

@@ -20,7 +20,7 @@ from pages import DOCS, markdown, read_rows, write_table
 from scipy import stats
 from tqdm import tqdm
 
-from nnunetv2_lightnets.benchmark.statistics import mean_interval, non_inferiority, wilcoxon
+from nnunetv2_lightnets.comparison.statistics import mean_interval, non_inferiority, wilcoxon
 
 RESULTS = Path(__file__).parent / "results" / "statistics_checks.csv"
 PAGE = DOCS / "compare.md"

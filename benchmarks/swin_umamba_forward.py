@@ -26,7 +26,7 @@ from published_scan import use_published_scan
 from torch import nn
 
 from nnunetv2_lightnets import create_network
-from nnunetv2_lightnets.benchmark.worker import machine
+from nnunetv2_lightnets.costs.worker import machine
 from nnunetv2_lightnets.networks import prepare_for_inference
 from nnunetv2_lightnets.networks.vss import SS2D
 from nnunetv2_lightnets.ops import available_backends, use_backend

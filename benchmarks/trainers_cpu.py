@@ -20,7 +20,7 @@ from typing import Any
 
 from pages import DOCS, markdown, read_rows, write_table
 
-from nnunetv2_lightnets.benchmark.measure import BASELINE
+from nnunetv2_lightnets.costs.trainers import BASELINE
 
 RESULTS = Path(__file__).parent / "results" / "trainers_cpu.csv"
 PAGE = DOCS / "benchmark.md"

@@ -25,9 +25,12 @@ from pathlib import Path
 import torch
 from pages import DOCS, markdown, read_rows, write_table
 
-from nnunetv2_lightnets.benchmark.setting import Setting, patch_setting
-from nnunetv2_lightnets.benchmark.worker import Job, Memory, find_trainer_class, make_batch, make_trainer
-from nnunetv2_lightnets.plans.memory import nnunet_folders, training_memory
+from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.costs.worker import Memory
+from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
+from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
+from nnunetv2_lightnets.plans.memory import training_memory
 
 RESULTS = Path(__file__).parent / "results" / "training_memory.csv"
 PAGE = DOCS / "planning.md"
@@ -108,10 +111,9 @@ def measured_memory(name: str, setting: Setting, batch: int) -> int:
 
 def peak_of_steps(name: str, setting: Setting, batch: int, memory: Memory) -> int:
     """Bytes at most during two training steps; the second has the optimizer's state."""
-    job = Job(name, setting, batch, None, "cpu", None, 1.0, False)
-    with nnunet_folders() as folder:
-        trainer = make_trainer(find_trainer_class(name), job, folder, torch.device("cpu"))
-    data = make_batch(trainer, job)
+    with temporary_folders() as folder:
+        trainer = make_trainer(find_trainer_class(name), setting, batch, folder, torch.device("cpu"))
+    data = make_batch(trainer, setting.patch, batch)
     trainer.network.train()
     memory.start()
     for _ in range(2):

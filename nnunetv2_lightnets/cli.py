@@ -12,11 +12,11 @@ from nnunetv2_lightnets.errors import LightNetsError
 
 # Subcommand -> (module with add_arguments(parser) and run(args) -> exit code, one line of help).
 COMMANDS = {
-    "benchmark": ("nnunetv2_lightnets.benchmark.measure", "true costs of networks here, beside the papers' claims"),
-    "compare": ("nnunetv2_lightnets.benchmark.compare", "compare results: intervals, tests, non-inferiority, a page"),
+    "benchmark": ("nnunetv2_lightnets.costs.command", "true costs of networks here, beside the papers' claims"),
+    "compare": ("nnunetv2_lightnets.comparison.command", "compare results: intervals, tests, non-inferiority, a page"),
     "demo": ("nnunetv2_lightnets.demo", "the whole way on real MRI: plan, train, predict, evaluate, picture"),
     "doctor": ("nnunetv2_lightnets.doctor", "check this installation and say what is wrong and what to do"),
-    "networks": ("nnunetv2_lightnets.benchmark.networks_table", "table of networks, trainers and true costs"),
+    "networks": ("nnunetv2_lightnets.costs.networks_table", "table of networks, trainers and true costs"),
     "plan": ("nnunetv2_lightnets.plans.command", "plans whose patch, batch and strides fit one of our networks"),
     "weights": ("nnunetv2_lightnets.pretrained.cli", "download and check the ImageNet weights of Swin-UMamba"),
 }

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from nnunetv2_lightnets import __version__
-from nnunetv2_lightnets.discovery.start_up import DISABLE, SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
 
 TRAINER = "nnUNetTrainerLightMUNetT_1epochs"
 # Runs in a process of its own: it must see what nnUNetv2_train would see, and may die.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_lightnets.benchmark.setting import PLANS, Setting, dataset_folder, read_json
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import read_json, write_atomically
+from nnunetv2_lightnets.nnunet.folders import dataset_folder
+from nnunetv2_lightnets.nnunet.plans import PLANS, Setting
 from nnunetv2_lightnets.plans.planner import GIGABYTE, MEMORY, Planned, Planner, plans_name, with_kept_configurations
 from nnunetv2_lightnets.plans.reference import ReferenceSetting, reference_names, reference_setting
 
@@ -80,7 +81,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _trainer(name: str | None) -> type[Any]:
-    from nnunetv2_lightnets.trainers import find_trainer, nearest_trainers, trainer_names
+    from nnunetv2_lightnets.nnunet.trainer_names import nearest_trainers, trainer_names
+    from nnunetv2_lightnets.trainers import find_trainer
 
     if name is None:
         raise LightNetsError("give a trainer with -tr, or a paper's settings with --like")
@@ -137,10 +139,8 @@ def _write(file: Path, plans: dict[str, Any]) -> dict[str, Any]:
         before = read_json(file, "delete it")
         plans = with_kept_configurations(plans, before)
         print(f"{file} existed: its configurations of the same names are overwritten")
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_atomically(file, json.dumps(plans, indent=4) + "\n")
     except OSError as error:
         raise LightNetsError(f"{file} could not be written: {error.strerror or error}; check the folder") from error
     print(f"Written: {file}")

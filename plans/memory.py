@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import tempfile
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunetv2_lightnets.benchmark.setting import Setting
-from nnunetv2_lightnets.benchmark.worker import Job, make_batch, make_trainer
-
-_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.plans import Setting
+from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
 
 
 @dataclass(frozen=True)
@@ -59,15 +54,14 @@ def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int)
         setting: plans with patch size and strides, and the data set's description.
         batch_size: patches of a step.
     """
-    job = Job(trainer_class.__name__, setting, batch_size, None, "cpu", None, 1.0, False)
-    with nnunet_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = make_trainer(trainer_class, job, folder, torch.device("cpu"))
+    with temporary_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
+        trainer = make_trainer(trainer_class, setting, batch_size, folder, torch.device("cpu"))
     state_bytes = sum(p.numel() for p in trainer.network.parameters()) * _state_per_weight(trainer.optimizer)
     mode, live = FakeTensorMode(), _LiveBytes()
     _make_fake(trainer.network, mode)
     with mode, live:
         weight_bytes = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
-        batch = make_batch(trainer, job)
+        batch = make_batch(trainer, setting.patch, batch_size)
         trainer.network.train()
         outside = live.bytes - sum(t.untyped_storage().nbytes() for t in tree_leaves(batch))
         live.start()
@@ -154,21 +148,3 @@ def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = mode.from_tensor(buffer)
-
-
-@contextlib.contextmanager
-def nnunet_folders() -> Iterator[Path]:
-    """Folders for what trainers write when they are made; nnU-Net reads where its folders are at each use."""
-    with tempfile.TemporaryDirectory(prefix="lightnets_plan_") as folder:
-        before = {name: os.environ.get(name) for name in _FOLDERS}
-        try:
-            for name in _FOLDERS:
-                os.environ[name] = str(Path(folder, name))
-                Path(folder, name).mkdir()
-            yield Path(folder)
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value

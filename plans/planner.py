@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nnunetv2_lightnets.benchmark.setting import Setting
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.nnunet.plans import Setting
 
 GIGABYTE = 2**30
 MEMORY = 8.0  # GB, what nnU-Net plans for
@@ -183,7 +183,7 @@ class Planner:
             return None
         from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
-        from nnunetv2_lightnets.training import strides_from_plan
+        from nnunetv2_lightnets.nnunet.trainer import strides_from_plan
 
         n = self.trainer_class.n_downsamplings
         spacing = [float(spacing) for spacing in self._entry(name)["spacing"]]
@@ -271,7 +271,7 @@ class Planner:
     def _architecture(self, dims: int, strides: list[list[int]] | None) -> dict[str, Any]:
         """The plans' block that names the network, as nnU-Net builds it."""
         from nnunetv2_lightnets.networks import network_entry
-        from nnunetv2_lightnets.plans.networks import output_strides
+        from nnunetv2_lightnets.nnunet.planned_networks import output_strides
 
         scales = self._network(dims).deep_supervision_scales if self.trainer_class.deep_supervision else (1.0, 0.5)
         kwargs: dict[str, Any] = {"spatial_dims": dims, "strides": output_strides(scales, dims)}
@@ -294,7 +294,8 @@ class Planner:
 
 def plans_name(trainer_class: type[Any], suffix: str | None = None) -> str:
     """``nnUNetPlans_<network>``, with the variant's letter where it is not the network's first, and the suffix."""
-    from nnunetv2_lightnets.trainers import find_trainer, trainer_names
+    from nnunetv2_lightnets.nnunet.trainer_names import trainer_names
+    from nnunetv2_lightnets.trainers import find_trainer
 
     network, kwargs = trainer_class.network_name, dict(trainer_class.network_kwargs)
     parts = ["nnUNetPlans", network]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_lightnets import doctor
-from nnunetv2_lightnets.discovery.start_up import DISABLE, SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -7,63 +7,13 @@ missing optional dependency hurts only its own trainer. Names take suffixes that
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 from typing import Any
 
-# Trainer -> file in this folder.
-TRAINERS = {
-    "nnUNetTrainerLightMUNet": "lightm_unet",
-    "nnUNetTrainerLightMUNetS": "lightm_unet",
-    "nnUNetTrainerLightMUNetT": "lightm_unet",
-    "nnUNetTrainerLightMUNetDemo": "lightm_unet",
-    "nnUNetTrainerLightMUNetNoScan": "lightm_unet",
-    "nnUNetTrainerLightMUNetSNoScan": "lightm_unet",
-    "nnUNetTrainerLightMUNetTNoScan": "lightm_unet",
-    "nnUNetTrainerULite": "ulite",
-    "nnUNetTrainerUltraLightUNet": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetT": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetS": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetM": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetL": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetSingleKernel": "ultralight_unet",
-    "nnUNetTrainerSwinUMamba": "swin_umamba",
-    "nnUNetTrainerSwinUMambaScratch": "swin_umamba",
-    "nnUNetTrainerSwinUMambaScratchNoScan": "swin_umamba",
-    "nnUNetTrainerSwinUMambaD": "swin_umamba",
-    "nnUNetTrainerSwinUMambaDScratch": "swin_umamba",
-    "nnUNetTrainerUMambaBot": "umamba",
-    "nnUNetTrainerUMambaEnc": "umamba",
-    "nnUNetTrainerSegResNet": "monai_baselines",
-    "nnUNetTrainerUNETR": "monai_baselines",
-    "nnUNetTrainerSwinUNETR": "monai_baselines",
-    "nnUNetTrainerSlimUNet": "slim_unet",
-    "nnUNetTrainerSlimUNetLightMUNet": "slim_unet",
-    "nnUNetTrainerSlimUNetLightMUNetT": "slim_unet",
-    "nnUNetTrainerSlimUNetULite": "slim_unet",
-    "nnUNetTrainerSlimUNetUltraLightUNet": "slim_unet",
-}
+from nnunetv2_lightnets.nnunet.trainer_names import BUDGET, TRAINERS
 
-_BUDGET = re.compile(r"_([1-9]\d*)(epochs|iters)")
-_NAME = re.compile(rf"(?P<base>nnUNetTrainer[A-Za-z0-9]*?)(?P<budget>(?:{_BUDGET.pattern})+)$")
-
-
-def trainer_names() -> list[str]:
-    """Names of all trainers for data of one's own, without suffixes."""
-    return [name for name in TRAINERS if not name.endswith("Demo")]
-
-
-def nearest_trainers(name: str) -> list[str]:
-    """Up to three trainer names that resemble ``name``, whose suffixes are kept where they are well formed."""
-    match = re.match(r"(nnUNetTrainer[A-Za-z0-9]*)(.*)$", name)
-    base, suffix = match.groups() if match else (name, "")
-    if suffix and not re.fullmatch(rf"(?:{_BUDGET.pattern})+", suffix):
-        suffix = ""
-    # "nnUNetTrainer" itself is common to all names and says nothing about likeness.
-    short = {key.removeprefix("nnUNetTrainer").lower(): key for key in TRAINERS}
-    found = difflib.get_close_matches(base.removeprefix("nnUNetTrainer").lower(), short, n=3, cutoff=0.5)
-    return [short[key] + suffix for key in found]
+_NAME = re.compile(rf"(?P<base>nnUNetTrainer[A-Za-z0-9]*?)(?P<budget>(?:{BUDGET.pattern})+)$")
 
 
 def find_trainer(name: str) -> type[Any] | None:
@@ -81,10 +31,10 @@ def find_trainer(name: str) -> type[Any] | None:
     match = _NAME.match(name)
     if match is None or not (match["base"] in TRAINERS or match["base"] == "nnUNetTrainer"):
         return None
-    budget = {unit: int(number) for number, unit in _BUDGET.findall(match["budget"])}
-    if len(budget) < len(_BUDGET.findall(match["budget"])):
+    budget = {unit: int(number) for number, unit in BUDGET.findall(match["budget"])}
+    if len(budget) < len(BUDGET.findall(match["budget"])):
         return None  # the same unit twice
-    from nnunetv2_lightnets.training import with_budget
+    from nnunetv2_lightnets.nnunet.trainer import with_budget
 
     if match["base"] == "nnUNetTrainer":
         from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as base

@@ -14,7 +14,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
-from nnunetv2_lightnets.training import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 
 class nnUNetTrainerLightMUNet(LightNetsTrainer):

@@ -12,8 +12,8 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from nnunetv2_lightnets.trainers.swin_umamba import CosineSchedule
-from nnunetv2_lightnets.training import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 
 class nnUNetTrainerSegResNet(LightNetsTrainer):

@@ -20,9 +20,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_lightnets.benchmark.costs import count_macs
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.training import LightNetsTrainer
+from nnunetv2_lightnets.networks.counting import count_macs
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 _FEATURES = "features_per_stage"  # nnU-Net's own key
 

@@ -12,35 +12,15 @@ Swin-UMamba† also switches deep supervision off, so that their comparison chan
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 from nnunetv2_lightnets.pretrained import load_vmamba, vmamba_path
-from nnunetv2_lightnets.training import LightNetsTrainer
-
-
-class CosineSchedule(LRScheduler):
-    """Half a cosine from the optimizer's learning rate at epoch 0 to ``final_lr`` at ``num_epochs``.
-
-    A function of the epoch alone, so that a resumed training goes on with the same values.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, num_epochs: int, final_lr: float) -> None:
-        self.num_epochs = num_epochs
-        self.final_lr = final_lr
-        super().__init__(optimizer)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Set the learning rate of ``epoch``; nnU-Net calls this at the start of each epoch."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        share = (1 + math.cos(math.pi * self.last_epoch / self.num_epochs)) / 2
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.final_lr + (group["initial_lr"] - self.final_lr) * share
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 class nnUNetTrainerSwinUMamba(LightNetsTrainer):

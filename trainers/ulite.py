@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunetv2_lightnets.training import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 
 class nnUNetTrainerULite(LightNetsTrainer):

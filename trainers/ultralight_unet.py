@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from nnunetv2_lightnets.trainers.swin_umamba import CosineSchedule
-from nnunetv2_lightnets.training import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 
 class nnUNetTrainerUltraLightUNet(LightNetsTrainer):

@@ -11,7 +11,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.training import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 
 class nnUNetTrainerUMambaBot(LightNetsTrainer):

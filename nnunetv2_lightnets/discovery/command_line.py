@@ -8,9 +8,9 @@ import re
 import sys
 from types import TracebackType
 
-from nnunetv2_lightnets.discovery.start_up import SHIM_FOLDER, VARIABLE, is_nnunet_command
+from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE, is_nnunet_command
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.trainers import nearest_trainers
+from nnunetv2_lightnets.nnunet.trainer_names import nearest_trainers
 
 _FULL_TRACEBACK = "NNUNET_LIGHTNETS_TRACEBACK"
 _PREPROCESSED = "nnUNet_preprocessed"

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from nnunetv2_lightnets.discovery.command_line import report_errors_in_one_line, trainer_argument
-from nnunetv2_lightnets.discovery.start_up import SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE
 from nnunetv2_lightnets.trainers import find_trainer
 
 

@@ -5,11 +5,8 @@ export anything. It must cost nothing (no torch, no nnU-Net), keep what the user
 """
 
 import os
-import sys
 
-VARIABLE = "nnUNet_extTrainer"
-DISABLE = "NNUNET_LIGHTNETS_DISABLE"
-SHIM_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shim")
+from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, is_nnunet_command
 
 
 def announce() -> None:
@@ -23,9 +20,3 @@ def announce() -> None:
         from nnunetv2_lightnets.discovery.command_line import report_errors_if_ours
 
         report_errors_if_ours()
-
-
-def is_nnunet_command() -> bool:
-    """Whether this process was started as one of nnU-Net's commands (``nnUNetv2_train``, ``nnUNetv2_predict``, ...)."""
-    program = os.path.basename(sys.argv[0] if sys.argv else "")
-    return program.startswith("nnUNetv2_") and not program.startswith("nnUNetv2_lightnets")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE
 from nnunetv2_lightnets.discovery.lookup import trainer_or_attribute_error
-from nnunetv2_lightnets.discovery.start_up import SHIM_FOLDER, VARIABLE
-from nnunetv2_lightnets.trainers import TRAINERS, find_trainer, nearest_trainers
+from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS, nearest_trainers
+from nnunetv2_lightnets.trainers import find_trainer
 
 
 @pytest.fixture

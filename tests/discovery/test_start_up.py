@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from nnunetv2_lightnets.discovery.start_up import DISABLE, SHIM_FOLDER, VARIABLE, announce
+from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.discovery.start_up import announce
 
 
 def run(code: str, *arguments: str, **environment: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_lightnets.trainers import TRAINERS
+from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
 from wheels import clean_environment, fresh_environment
 
 pytestmark = pytest.mark.slow

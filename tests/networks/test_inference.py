@@ -10,8 +10,8 @@ from torch import nn
 
 from nnunetv2_lightnets import create_network
 from nnunetv2_lightnets.networks import prepare_for_inference
-from nnunetv2_lightnets.networks.inference import PredictionNetwork
 from nnunetv2_lightnets.networks.ulite import AxialDepthwise
+from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 
 SMALL = {
     "ulite": {"channels": (4, 8, 8, 16)},

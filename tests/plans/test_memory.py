@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunetv2_lightnets.benchmark.setting import patch_setting
+from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.plans import memory
 from nnunetv2_lightnets.plans.memory import training_memory
 from nnunetv2_lightnets.trainers import find_trainer

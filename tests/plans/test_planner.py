@@ -13,10 +13,10 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_lightnets.benchmark.setting import patch_setting
 from nnunetv2_lightnets.cli import main
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.padding import total_stride
+from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.plans.planner import GIGABYTE, Planner, plans_name, with_kept_configurations
 from nnunetv2_lightnets.plans.reference import SETTINGS, reference_names, reference_setting
 from nnunetv2_lightnets.trainers import find_trainer
@@ -139,7 +139,7 @@ def test_stock_trainer_gets_the_one_output_with_all_the_weight(trainer: str) -> 
 
 
 def test_deep_supervision_scales_are_what_nnunet_reads_from_the_plans() -> None:
-    from nnunetv2_lightnets.plans.networks import output_strides
+    from nnunetv2_lightnets.nnunet.planned_networks import output_strides
 
     for scales in ((1.0, 0.5), (1.0, 0.5, 0.25, 0.125), (1.0, 0.25, 0.125, 0.0625)):
         product, read = 1, []
@@ -223,6 +223,6 @@ def test_unwritable_folder_is_named(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr("os.replace", refuse)
     assert main(["plan", "-d", "901", "-tr", TINY]) == 2
     assert "nnUNetPlans_ultralight_unet_T.json could not be written: Permission denied" in capsys.readouterr().err

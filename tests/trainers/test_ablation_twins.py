@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_lightnets import create_network
-from nnunetv2_lightnets.benchmark.setting import patch_setting
 from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
 from nnunetv2_lightnets.networks.vss import SS2D
+from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.trainers import find_trainer
 
 TWINS = {

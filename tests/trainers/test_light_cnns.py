@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nnunet_commands import DATASET, NNUNet
-from nnunetv2_lightnets.networks.inference import PredictionNetwork
 from nnunetv2_lightnets.networks.layers import BatchNorm
+from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.trainers import find_trainer
 
 PARAMETERS = {  # for one input channel and two classes, in 2D and 3D

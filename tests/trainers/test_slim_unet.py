@@ -11,9 +11,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_lightnets import LightNetsError
-from nnunetv2_lightnets.benchmark.costs import count_macs
-from nnunetv2_lightnets.benchmark.setting import patch_setting
-from nnunetv2_lightnets.trainers import TRAINERS, find_trainer
+from nnunetv2_lightnets.networks.counting import count_macs
+from nnunetv2_lightnets.nnunet.plans import patch_setting
+from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
+from nnunetv2_lightnets.trainers import find_trainer
 from nnunetv2_lightnets.trainers.slim_unet import closest_features, widths
 
 NAMES = [name for name in TRAINERS if "SlimUNet" in name]

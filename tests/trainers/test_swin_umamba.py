@@ -189,7 +189,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         return "ImageNet weights of VMamba"
 
     monkeypatch.setattr(recipes, "load_vmamba", load)
-    monkeypatch.setattr("nnunetv2_lightnets.training.LightNetsTrainer.on_train_start", lambda self: None)
+    monkeypatch.setattr("nnunetv2_lightnets.nnunet.trainer.LightNetsTrainer.on_train_start", lambda self: None)
     return loaded
 
 
@@ -240,7 +240,7 @@ def test_training_at_full_size_starts_from_the_file_in_the_cache(
     state = {key: torch.full(shape, 0.5) for key, shape in vmamba_tiny_shapes().items()}
     (tmp_path / "cache").mkdir()
     save_file(state, tmp_path / "cache" / VMAMBA_FILE)
-    monkeypatch.setattr("nnunetv2_lightnets.training.LightNetsTrainer.on_train_start", lambda self: None)
+    monkeypatch.setattr("nnunetv2_lightnets.nnunet.trainer.LightNetsTrainer.on_train_start", lambda self: None)
     trainer = make_trainer(name, full_size=True)
     trainer.on_train_start()
     for key in trainer.network.vmamba_keys().values():

@@ -6,7 +6,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_lightnets import LightNetsError
-from nnunetv2_lightnets.benchmark.setting import patch_setting
+from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.trainers import find_trainer
 
 

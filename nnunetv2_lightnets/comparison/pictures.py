@@ -1,0 +1,127 @@
+"""Pictures of single cases: the slice that went wrong, with the contours of the reference and of the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from nnunetv2_lightnets.comparison.cases import Result, Structure
+from nnunetv2_lightnets.comparison.volumes import image_file, read_image, read_segmentation, structure_mask, truth_file
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.pages.figures import COLOURS, WIDTH, short
+
+_CONTEXT = 0.35  # of the structures' extent, shown around them
+_SMALLEST = 24  # voxels shown at least
+_TALLEST = 1.8  # height of a panel over its width
+_TRUTH = "#F0E442"  # Okabe and Ito's yellow, seen on black and white with a dark edge
+_EDGE = [patheffects.Stroke(linewidth=3.2, foreground="black"), patheffects.Normal()]
+
+
+def case_picture(
+    results: Sequence[Result],
+    case: str,
+    titles: dict[Structure, str],
+    *,
+    labels: Path | None = None,
+    images: Path | None = None,
+) -> Figure:
+    """One panel for each result: the image where found, the truth in yellow, the prediction in colours.
+
+    Shown is the slice (of the first array axis, nnU-Net's slowest one) where the last result is wrong in most voxels.
+
+    Args:
+        results: results to show side by side.
+        case: name of the case.
+        titles: name of each structure.
+        labels: folder of reference segmentations; None takes those that nnU-Net scored against.
+        images: folder of images; None looks where nnU-Net keeps them.
+
+    Raises:
+        LightNetsError: a file is gone or cannot be read.
+    """
+    cases = [result.cases[case] for result in results]
+    file = truth_file(cases[0], labels)
+    for needed in (file, *(c.prediction for c in cases)):
+        if not needed.is_file():
+            raise LightNetsError(f"no picture of {case}: {needed} is gone")
+    description = results[0].dataset_json
+    truth, spacing = read_segmentation(file, description)
+    predictions = [read_segmentation(c.prediction, description)[0] for c in cases]
+    found = image_file(cases[0], file, images)
+    image = read_image(found, description) if found is not None else np.zeros(truth.shape, np.float32)
+    if any(array.shape[: truth.ndim] != truth.shape for array in (image, *predictions)):
+        raise LightNetsError(f"no picture of {case}: image, labels and predictions differ in shape")
+    where = case
+    if truth.ndim == 3:
+        index = _worst_slice(truth, predictions[-1], titles, results[-1].ignore_label)
+        where = f"{case}, slice {index + 1} of {len(truth)}"
+        truth, image, predictions = truth[index], image[index], [p[index] for p in predictions]
+        spacing = spacing[1:]
+    rows, columns = _window([truth, *predictions], titles)
+    height, width = (len(range(*part.indices(n))) for part, n in zip((rows, columns), truth.shape, strict=True))
+    tall = min(height * spacing[0] / (width * spacing[1]), _TALLEST)
+    figure = Figure(figsize=(WIDTH, WIDTH / len(results) * tall + 0.75), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, result, prediction in zip(panels, results, predictions, strict=True):
+        axes.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for structure in titles:
+            _contour(axes, structure_mask(truth[rows, columns], structure), _TRUTH, 2.6, path_effects=_EDGE)
+        for j, structure in enumerate(titles):
+            _contour(axes, structure_mask(prediction[rows, columns], structure), COLOURS[j % len(COLOURS)], 1.5)
+        axes.set_title(short(result.name, 22), fontsize=9)
+        axes.set_aspect(spacing[0] / spacing[1])
+        axes.set(xticks=[], yticks=[])
+        axes.set_facecolor("black")
+    shown = [(j, s) for j, s in enumerate(titles) if any(structure_mask(a, s).any() for a in (truth, *predictions))]
+    handles = [Line2D([], [], color=COLOURS[j % len(COLOURS)], lw=2, label=short(titles[s])) for j, s in shown]
+    handles.insert(0, Line2D([], [], color=_TRUTH, lw=2.2, label="truth", path_effects=_EDGE))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8, title=where, title_fontsize=8
+    )
+    return figure
+
+
+def _worst_slice(
+    truth: NDArray[Any], prediction: NDArray[Any], structures: dict[Structure, str], ignore_label: int | None
+) -> int:
+    """Index of the slice with most wrong voxels of any structure."""
+    wrong = np.zeros(len(truth), int)
+    scored = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
+    for structure in structures:
+        mistaken = (structure_mask(truth, structure) != structure_mask(prediction, structure)) & scored
+        wrong += mistaken.sum(axis=(1, 2))
+    return int(wrong.argmax())
+
+
+def _window(maps: Sequence[NDArray[Any]], structures: dict[Structure, str]) -> tuple[slice, slice]:
+    """Rows and columns that hold every structure in every map, with some context."""
+    there = np.zeros(maps[0].shape, bool)
+    for array in maps:
+        for structure in structures:
+            there |= structure_mask(array, structure)
+    if not there.any():
+        return slice(None), slice(None)
+    bounds = []
+    for axis in range(2):
+        inside = np.flatnonzero(there.any(axis=1 - axis))
+        extent = int(inside[-1] - inside[0]) + 1
+        context = max(int(_CONTEXT * extent), (_SMALLEST - extent) // 2, 2)
+        bounds.append(slice(max(int(inside[0]) - context, 0), int(inside[-1]) + 1 + context))
+    return bounds[0], bounds[1]
+
+
+def _contour(axes: Axes, mask: NDArray[np.bool_], colour: str, width: float, **more: Any) -> None:
+    """The outline of a mask, also where it touches the border of the window."""
+    if mask.any():
+        padded = np.pad(mask.astype(float), 1)
+        rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
+        axes.contour(columns, rows, padded, [0.5], colors=[colour], linewidths=[width], **more)
+        axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))

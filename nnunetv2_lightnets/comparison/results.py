@@ -1,0 +1,288 @@
+"""Reading nnU-Net result folders: scores per case, from any of the places where nnU-Net leaves them.
+
+nnU-Net writes a ``summary.json`` into every validation folder (``fold_x/validation``), every folder that
+``nnUNetv2_evaluate_folder`` has seen, and the folders of ``nnUNetv2_find_best_configuration``. Its format is made by
+``nnunetv2.evaluation.evaluate_predictions``: for each case and each label or region Dice, IoU and voxel counts; NaN
+where a structure is in neither the reference nor the prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_lightnets.comparison.cases import (
+    Case,
+    Result,
+    Structure,
+    as_structure,
+    case_name,
+    shown_structures,
+)
+from nnunetv2_lightnets.comparison.scoring import score_folder
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import read_json
+
+SUMMARY = "summary.json"
+_TRAINER_FOLDER = re.compile(r"^(?P<trainer>[^_].*?)__(?P<plans>.+?)__(?P<configuration>.+)$")
+_FOLD_FOLDER = re.compile(r"^fold_(?P<fold>\d+|all)$")
+
+
+def split_name(argument: str) -> tuple[str | None, Path]:
+    """``name=folder`` or ``folder``; a folder whose own name holds ``=`` is taken as it is."""
+    if "=" in argument and not Path(argument).exists():
+        name, _, folder = argument.partition("=")
+        if not name.strip() or not folder:
+            raise LightNetsError(f"{argument!r} is neither a folder nor NAME=FOLDER")
+        return name.strip(), Path(folder)
+    return None, Path(argument)
+
+
+def read_results(
+    arguments: Sequence[str],
+    *,
+    folds: Sequence[str] | None = None,
+    labels: Path | None = None,
+    dataset_json: Path | None = None,
+    chill: bool = False,
+    processes: int = 1,
+) -> list[Result]:
+    """Read every result of a command line.
+
+    Args:
+        arguments: ``FOLDER`` or ``NAME=FOLDER`` each: a trainer folder, a fold folder, a folder with summary.json,
+            a summary.json, or a folder of predictions (then ``labels`` is needed).
+        folds: folds to read from trainer folders; None for all that are there.
+        labels: folder of reference segmentations for folders of predictions that hold no summary.json.
+        dataset_json: the data set's description, where none lies beside the predictions or the labels.
+        chill: as in nnU-Net: a label without a prediction is not an error.
+        processes: worker processes that score predictions.
+
+    Raises:
+        LightNetsError: a folder cannot be read, or two results have the same name or are the same folder.
+    """
+    named = [split_name(argument) for argument in arguments]
+    folders: dict[Path, str] = {}
+    for argument, (_, folder) in zip(arguments, named, strict=True):
+        if not folder.exists():
+            raise LightNetsError(f"{folder} does not exist; give an nnU-Net result folder as FOLDER or NAME=FOLDER")
+        if folder.resolve() in folders:
+            raise LightNetsError(
+                f"{folders[folder.resolve()]} and {argument} are the same folder; compare different ones"
+            )
+        folders[folder.resolve()] = argument
+    names = _names(named)
+    return [
+        read_result(
+            folder, name, folds=folds, labels=labels, dataset_json=dataset_json, chill=chill, processes=processes
+        )
+        for name, (_, folder) in zip(names, named, strict=True)
+    ]
+
+
+def _names(named: Sequence[tuple[str | None, Path]]) -> list[str]:
+    """One name for each folder: the user's, else the trainer's, else trainer, plans and configuration, else refuse."""
+    short, long = [], []
+    for name, folder in named:
+        parts = [folder.resolve(), *folder.resolve().parents]
+        if parts[0].name == SUMMARY:
+            parts = parts[1:]
+        while parts[0].name == "validation" or _FOLD_FOLDER.match(parts[0].name):
+            parts = parts[1:]
+        trainer = _TRAINER_FOLDER.match(parts[0].name)
+        short.append(name or (trainer["trainer"] if trainer else parts[0].name))
+        long.append(name or parts[0].name)
+    names = [s if short.count(s) == 1 else full for s, full in zip(short, long, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise LightNetsError(f"two results are named {name!r}; name them, as in NAME=FOLDER")
+    return names
+
+
+def read_result(
+    folder: Path,
+    name: str,
+    *,
+    folds: Sequence[str] | None = None,
+    labels: Path | None = None,
+    dataset_json: Path | None = None,
+    chill: bool = False,
+    processes: int = 1,
+) -> Result:
+    """Read one result; arguments as in :func:`read_results`."""
+    description = _read_dataset_json(folder, dataset_json, labels)
+    sources = _summaries(folder, folds)
+    if sources:
+        cases: dict[str, Case] = {}
+        for fold, file in sources:
+            for case in read_summary(file, fold):
+                if case.name in cases:
+                    raise LightNetsError(
+                        f"{name}: case {case.name} is in fold {cases[case.name].fold} and in fold {fold} of {folder}; "
+                        "each case must be in one validation fold, check splits_final.json"
+                    )
+                cases[case.name] = case
+    elif labels is None:
+        raise LightNetsError(
+            f"{folder} holds neither summary.json nor fold_*/validation/summary.json; for a folder of predictions, "
+            "add -gt LABELS_FOLDER"
+        )
+    else:
+        cases = {
+            case_name(path): Case(
+                case_name(path), _fold_of(path), labels / path.name, path, _metrics(metrics, f"{folder}, {path.name}")
+            )
+            for path, metrics in score_folder(folder, labels, description, chill=chill, processes=processes).items()
+        }
+    structures = _structures(name, cases.values())
+    return Result(name, folder, cases, structures, description, _budgets([file for _, file in sources]))
+
+
+def _summaries(folder: Path, folds: Sequence[str] | None) -> list[tuple[str | None, Path]]:
+    """The summary.json files of a result and the folds they belong to; empty if there are none."""
+    if folder.is_file():
+        if folder.suffix != ".json":
+            raise LightNetsError(f"{folder} is no folder and no {SUMMARY}; give an nnU-Net result folder")
+        return [(_fold_of(folder), folder)]
+    found = {
+        match["fold"]: path
+        for path in folder.iterdir()
+        if (match := _FOLD_FOLDER.match(path.name)) and (path / "validation" / SUMMARY).is_file()
+    }
+    if any(_FOLD_FOLDER.match(path.name) for path in folder.iterdir()):
+        if folds is None:
+            found.pop("all", None)  # trained on the cases that it validates on
+            folds = sorted(found, key=int)
+        for fold in folds:
+            if fold not in found:
+                raise LightNetsError(
+                    f"{folder} has no fold_{fold}/validation/{SUMMARY}; finish the fold with "
+                    f"nnUNetv2_train ... {fold} --val, or choose others with -f"
+                )
+        if not folds:
+            raise LightNetsError(
+                f"{folder} has no fold_*/validation/{SUMMARY} of a fold that was held out; finish a fold with "
+                "nnUNetv2_train ... --val"
+            )
+        return [(fold, found[fold] / "validation" / SUMMARY) for fold in folds]
+    for file in (folder / SUMMARY, folder / "validation" / SUMMARY):
+        if file.is_file():
+            return [(_fold_of(file), file)]
+    return []
+
+
+def _fold_of(file: Path) -> str | None:
+    """The fold in a path, or None."""
+    for part in (folder.name for folder in file.resolve().parents):
+        if match := _FOLD_FOLDER.match(part):
+            return match["fold"]
+    return None
+
+
+def read_summary(file: Path, fold: str | None = None) -> list[Case]:
+    """The cases of one summary.json.
+
+    Files are looked for where the summary says, then beside it (result folders get moved).
+
+    Raises:
+        LightNetsError: the file is truncated, or is not what nnU-Net writes; says where.
+    """
+    content = read_json(file, "score the predictions again with nnUNetv2_evaluate_folder")
+    entries = content.get("metric_per_case")
+    if not isinstance(entries, list) or not entries:
+        raise LightNetsError(f"{file} has no cases under metric_per_case; nnU-Net's {SUMMARY} is needed")
+    cases: list[Case] = []
+    for i, entry in enumerate(entries):
+        where = f"{file}, case {i + 1} of {len(entries)}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+            raise LightNetsError(f"{where} has no metrics; nnU-Net's {SUMMARY} is needed")
+        files = [entry.get("reference_file"), entry.get("prediction_file")]
+        if not all(isinstance(f, str) and f for f in files):
+            raise LightNetsError(f"{where} names no reference_file and prediction_file; nnU-Net's {SUMMARY} is needed")
+        truth, prediction = (Path(str(f)) for f in files)
+        name = case_name(prediction)
+        if not prediction.is_file():
+            moved = file.parent / re.split(r"[/\\]", str(prediction))[-1]
+            prediction = moved if moved.is_file() else prediction
+        if any(case.name == name for case in cases):
+            raise LightNetsError(f"{file} holds case {name} twice; score the predictions again")
+        cases.append(Case(name, fold, truth, prediction, _metrics(entry["metrics"], f"{file}, case {name}")))
+    return cases
+
+
+def _metrics(content: Mapping[str, Any], where: str) -> dict[Structure, dict[str, float]]:
+    """Metrics of one case, checked; background is left out, as in nnU-Net's foreground mean."""
+    metrics: dict[Structure, dict[str, float]] = {}
+    for key, values in content.items():
+        structure = as_structure(key)
+        if structure is None or not isinstance(values, dict):
+            raise LightNetsError(f"{where}: {key!r} is no label and no region")
+        if structure == (0,):
+            continue
+        numbers: dict[str, float] = {}
+        for metric, value in values.items():
+            value = math.nan if value is None else value
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise LightNetsError(f"{where}, label {key}: {metric} is {value!r}, not a number")
+            numbers[metric] = float(value)
+        for count in ("n_ref", "n_pred"):
+            if not (numbers.get(count, -1.0) >= 0):
+                raise LightNetsError(
+                    f"{where}, label {key} has no {count}, which says where the structure is absent; score the "
+                    "predictions again with nnUNetv2_evaluate_folder"
+                )
+        metrics[structure] = numbers
+    return metrics
+
+
+def _structures(name: str, cases: Iterable[Case]) -> tuple[Structure, ...]:
+    """The structures that all cases of a result hold, in nnU-Net's order."""
+    first: Case | None = None
+    for case in cases:
+        first = first or case
+        if set(case.metrics) != set(first.metrics):
+            raise LightNetsError(
+                f"{name}: case {first.name} is scored for {shown_structures(first.metrics)} and case {case.name} for "
+                f"{shown_structures(case.metrics)}; score all cases for the same labels"
+            )
+    if first is None or not first.metrics:
+        raise LightNetsError(f"{name} holds no scores of any foreground label")
+    return tuple(sorted(first.metrics, key=lambda s: (s if len(s) == 1 else (0,), -len(s), s)))
+
+
+def _read_dataset_json(folder: Path, given: Path | None, labels: Path | None) -> dict[str, Any]:
+    """The data set's description: the given one, else one beside the predictions, above them, or above the labels."""
+    if given is not None:
+        content = read_json(given, "give the data set's dataset.json")
+        if not isinstance(content.get("labels"), dict):
+            raise LightNetsError(f"-djfile {given} declares no labels; give the data set's dataset.json")
+        return content
+    places = [folder, *folder.resolve().parents[:3]]
+    if labels is not None:
+        places += [labels, labels.resolve().parent]
+    for place in places:
+        file = place / "dataset.json"
+        if file.is_file():
+            content = read_json(file, "restore it from the raw data set, or give another with -djfile")
+            if isinstance(content.get("labels"), dict):
+                return content
+    return {}
+
+
+def _budgets(summaries: Sequence[Path]) -> tuple[str, ...]:
+    """What each fold was trained for, as nnU-Net noted it in debug.json; nothing where it did not."""
+    budgets: list[str] = []
+    for summary in summaries:
+        try:
+            noted = json.loads((summary.parent.parent / "debug.json").read_text(encoding="utf-8"))
+            numbers = [int(noted[key]) for key in ("num_epochs", "num_iterations_per_epoch", "batch_size")]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        budget = "{} epochs x {} iterations, batch {}".format(*numbers)
+        if budget not in budgets:
+            budgets.append(budget)
+    return tuple(budgets)

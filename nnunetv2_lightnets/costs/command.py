@@ -1,0 +1,210 @@
+"""``nnUNetv2_lightnets benchmark``: what networks truly cost on this machine, beside what their papers say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_lightnets.costs.trainers import BASELINE, find_trainer_class, fitting_trainers
+from nnunetv2_lightnets.costs.worker import Job
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import last_line, write_atomically
+from nnunetv2_lightnets.nnunet.plans import PLANS, Setting, dataset_setting, patch_setting
+
+RESULTS = "benchmark.json"
+CLAIMS = Path(__file__).with_name("claims.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments in nnU-Net's style."""
+    parser.description = (
+        "Parameters, multiply-accumulates, memory and seconds of networks on this machine, each measured in a process "
+        "of its own, with the papers' claims beside them. Started again, it goes on where it was. Writes an HTML page, "
+        "Markdown, CSV and JSON."
+    )
+    what = parser.add_argument_group("what to measure on: a planned data set, or any patch")
+    what.add_argument("-d", metavar="ID", help="data set, planned by nnU-Net")
+    what.add_argument("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ... of the data set")
+    what.add_argument("-p", nargs="+", default=[PLANS], metavar="PLANS",
+                      help=f"plans (default: {PLANS}); further ones are for {BASELINE} alone")  # fmt: skip
+    what.add_argument("--patch", type=int, nargs="+", metavar="N", help="patch size in voxels, 2 or 3 numbers")
+    what.add_argument("--channels", type=int, default=1, help="input channels of --patch (default 1)")
+    what.add_argument("--classes", type=int, default=2, help="classes of --patch, background included (default 2)")
+    parser.add_argument("-tr", nargs="+", metavar="TRAINER", help=f"trainers (default: {BASELINE} and all that fit)")
+    parser.add_argument("-o", type=Path, default=Path("benchmark"), metavar="FOLDER", help="(default: ./benchmark)")
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of a training step (default: the plans')")
+    parser.add_argument("--volume", type=int, nargs=3, metavar="N",
+                        help="slices, height, width of the whole image (default: the median image)")  # fmt: skip
+    parser.add_argument("--no-volume", action="store_true", help="do not predict a whole image")
+    parser.add_argument("--mirroring", action="store_true", help="predict the whole image with test-time mirroring")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement's repetitions (default 10)")
+    parser.add_argument("--dice", type=Path, metavar="FILE",
+                        help="compare.json of these trainers, for pictures of Dice against costs")  # fmt: skip
+    parser.add_argument("--retry", action="store_true", help="measure again what failed before")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is not yet measured, then write the report."""
+    _check(args)
+    from tqdm import tqdm
+
+    from nnunetv2_lightnets.costs.report import read_scores, text_table, write_benchmark
+
+    scores = {} if args.dice is None else read_scores(args.dice)
+    settings = _settings(args)
+    jobs = _jobs(args, settings)
+    args.o.mkdir(parents=True, exist_ok=True)
+    benchmark = _start(args.o / RESULTS, args, settings[0])
+    done = {row["name"] for row in benchmark["rows"] if not (args.retry and "error" in row)}
+    with tqdm(total=len(jobs), unit="network") as bar:
+        for name, job in jobs.items():
+            bar.set_description(name)
+            if name not in done:
+                row = {"name": name, "trainer": job.trainer, **measure_in_process(job, args.o / "logs" / f"{name}.log")}
+                _check_machine(benchmark, row)
+                benchmark["rows"] = [r for r in benchmark["rows"] if r["name"] != name] + [row]
+                _write(args.o / RESULTS, benchmark)
+            bar.update()
+    benchmark["rows"].sort(key=lambda row: list(jobs).index(row["name"]) if row["name"] in jobs else len(jobs))
+    _write(args.o / RESULTS, benchmark)
+    files = write_benchmark(benchmark, args.o, scores)
+    print(text_table(benchmark))
+    print("\nWritten: " + ", ".join(str(file) for file in [*files, args.o / RESULTS]))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Mistakes that can be told without reading anything."""
+    if (args.d is None) == (args.patch is None):
+        raise LightNetsError("give either a data set (-d ID -c CONFIGURATION) or a patch (--patch N N N)")
+    if args.d is not None and args.c is None:
+        raise LightNetsError(f"-d {args.d} needs a configuration, for instance -c 3d_fullres")
+    if args.patch is not None and (len(args.patch) not in (2, 3) or min(args.patch) < 8):
+        raise LightNetsError(f"--patch takes 2 or 3 numbers of at least 8 voxels, got {' '.join(map(str, args.patch))}")
+    numbers = {"--channels": args.channels, "--classes": args.classes, "--batch-size": args.batch_size}
+    numbers |= {"--threads": args.threads, "--volume": None if args.volume is None else min(args.volume)}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise LightNetsError(f"{name} must be at least 1, got {value}")
+    if not 0 < args.seconds < float("inf"):
+        raise LightNetsError(f"--seconds must be above 0, got {args.seconds:g}")
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    """One setting for each of the plans."""
+    if args.d is not None:
+        return [dataset_setting(args.d, args.c, plans) for plans in args.p]
+    return [patch_setting(args.patch, args.channels, args.classes, volume=args.volume)]
+
+
+def _jobs(args: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Job]:
+    """What to measure, by the name of its row."""
+    dims = len(settings[0].patch)
+    trainers = list(dict.fromkeys(args.tr or [BASELINE, *fitting_trainers(dims)]))
+    for trainer in args.tr or []:
+        find_trainer_class(trainer)  # a wrong name is told now, not after an hour
+    claims = json.loads(CLAIMS.read_text(encoding="utf-8"))
+    jobs = {}
+    for i, setting in enumerate(settings):
+        for trainer in trainers:
+            if i > 0 and trainer != BASELINE:
+                continue
+            name = trainer if i == 0 else f"{trainer}__{args.p[i]}"
+            jobs[name] = Job(
+                trainer=trainer,
+                setting=setting,
+                batch_size=args.batch_size or setting.batch_size,
+                volume=None if args.no_volume else tuple(args.volume or setting.volume),
+                device=args.device,
+                threads=args.threads,
+                seconds=args.seconds,
+                mirroring=args.mirroring,
+                claims=tuple(c for c in claims if c["trainer"] == trainer and len(c["patch"]) == dims and i == 0),
+            )
+    return jobs
+
+
+def _start(file: Path, args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """A new benchmark, or the one in the folder if it is of the same settings.
+
+    Raises:
+        LightNetsError: the folder holds a benchmark of other settings.
+    """
+    settings = {
+        "title": setting.title,
+        "patch": list(setting.patch),
+        "batch size": args.batch_size or setting.batch_size,
+        "volume": None if args.no_volume else list(args.volume or setting.volume),
+        "mirroring": args.mirroring,
+        "device": args.device,
+        "threads": args.threads,
+        "seconds": args.seconds,
+    }
+    if not file.exists():
+        return {"settings": settings, "machine": None, "rows": []}
+    try:
+        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        others = [f"{k} {before['settings'][k]}" for k, v in settings.items() if before["settings"][k] != v]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LightNetsError(f"{file} is no benchmark; choose another folder with -o") from error
+    if others:
+        raise LightNetsError(f"{file} is a benchmark of other settings ({', '.join(others)}); choose another -o")
+    return before
+
+
+def _check_machine(benchmark: dict[str, Any], row: dict[str, Any]) -> None:
+    """Rows of different machines do not belong into one table."""
+    machine = row.pop("machine", None)
+    if machine is None:
+        return
+    if benchmark["machine"] not in (None, machine):
+        changed = [f"{k} {v}" for k, v in benchmark["machine"].items() if machine.get(k) != v]
+        raise LightNetsError(f"the earlier rows were measured with {', '.join(changed)}; choose another folder with -o")
+    benchmark["machine"] = machine
+
+
+def _write(file: Path, benchmark: dict[str, Any]) -> None:
+    """Write whole or not at all: an interruption loses no row."""
+    write_atomically(file, json.dumps(benchmark, indent=1) + "\n")
+
+
+def measure_in_process(job: Job, log: Path) -> dict[str, Any]:
+    """Measure a job in a process of its own.
+
+    Args:
+        job: what to measure.
+        log: file for what the process prints.
+
+    Returns:
+        The row, or ``{"error": reason}``.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder, "job.json"), Path(folder, "row.json")
+        job.write(question)
+        with open(log, "w", encoding="utf-8") as output:
+            done = subprocess.run(
+                [sys.executable, "-m", "nnunetv2_lightnets.costs.worker", str(question), str(answer)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode == 0 and answer.exists():
+            row: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            return row
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        memory = ", for lack of memory perhaps" if name == "SIGKILL" else ""
+        return {"error": f"ended by {name}{memory}"}
+    error = last_line(log.read_text(encoding="utf-8", errors="replace"))  # at the end of a traceback
+    return {"error": error.removeprefix("nnunetv2_lightnets.errors.LightNetsError: ")}

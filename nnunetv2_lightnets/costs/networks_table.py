@@ -1,0 +1,65 @@
+"""``nnUNetv2_lightnets networks``: every trainer with its network and what that truly costs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from nnunetv2_lightnets.costs.trainers import fitting_trainers, trainer_costs
+from nnunetv2_lightnets.errors import LightNetsError
+
+DEFAULT_PATCH = {2: [512, 512], 3: [128, 128, 128]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments in nnU-Net's style."""
+    parser.add_argument(
+        "--patch",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="patch size in voxels, 2 or 3 numbers (default: both usual ones)",
+    )
+    parser.add_argument("--channels", type=int, default=1, help="input channels (default 1)")
+    parser.add_argument("--classes", type=int, default=2, help="output classes, background included (default 2)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table."""
+    if args.patch is not None and len(args.patch) not in (2, 3):
+        raise LightNetsError(f"--patch takes 2 or 3 numbers, got {len(args.patch)}")
+    if args.patch is not None and min(args.patch) < 8:
+        raise LightNetsError(f"--patch takes numbers of at least 8 voxels, got {' '.join(map(str, args.patch))}")
+    for name in ("channels", "classes"):
+        if getattr(args, name) < 1:
+            raise LightNetsError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    patches = [args.patch] if args.patch else list(DEFAULT_PATCH.values())
+    for patch in patches:
+        for line in table(patch, args.channels, args.classes):
+            print(line, flush=True)
+        print()
+    print("M: million parameters. GMAC: 10^9 multiply-accumulates of one forward pass of one patch, the scan included.")
+    return 0
+
+
+def table(patch: list[int], channels: int, classes: int) -> Iterator[str]:
+    """Lines of the table for one patch size: what each trainer builds from nnU-Net's plans, as soon as known."""
+    from nnunetv2_lightnets.networks import network_entry
+    from nnunetv2_lightnets.nnunet.plans import patch_setting
+    from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
+    from nnunetv2_lightnets.trainers import find_trainer
+
+    setting = patch_setting(patch, channels, classes)
+    yield f"{len(patch)}D, {setting.title}"
+    yield f"{'trainer (-tr)':<42}{'network':<18}{'dims':<8}{'M':>9}{'GMAC':>10}"
+    for trainer_name in fitting_trainers(len(patch)):
+        trainer = find_trainer(trainer_name)
+        assert trainer is not None
+        try:
+            name, parameters, macs = trainer_costs(trainer, setting)
+        except LightNetsError as error:  # it needs a library that is not installed
+            yield f"{trainer_name:<42}{error}"
+            continue
+        ours = issubclass(trainer, LightNetsTrainer)
+        exists = ", ".join(f"{d}D" for d in (network_entry(name).spatial_dims if ours else (2, 3)))
+        yield f"{trainer_name:<42}{name:<18}{exists:<8}{parameters / 1e6:>9.3f}{macs / 1e9:>10.2f}"

@@ -1,0 +1,314 @@
+"""Measures one network, in a process of its own: nothing another network did changes its memory or its speed.
+
+``python -m nnunetv2_lightnets.costs.worker JOB.json ROW.json`` is how ``nnUNetv2_lightnets benchmark`` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
+
+_FEWEST, _MOST = 3, 50  # timed repetitions ...
+_LONG = 10  # ... unless a single one takes so many times longer than is given to all
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure, in JSON-able values.
+
+    Attributes:
+        trainer: name of the trainer.
+        setting: see :class:`Setting`.
+        batch_size: patches of a training step.
+        volume: (slices, height, width) to predict as a whole, or None.
+        device: ``cpu``, ``cuda`` or ``mps``; None takes cuda where there is one.
+        threads: of torch on the CPU; None for torch's own choice.
+        seconds: for the repetitions of each measurement.
+        mirroring: whether the whole volume is predicted with nnU-Net's test-time mirroring.
+        claims: published numbers to set ours beside, see claims.json.
+    """
+
+    trainer: str
+    setting: Setting
+    batch_size: int
+    volume: tuple[int, int, int] | None
+    device: str | None
+    threads: int | None
+    seconds: float
+    mirroring: bool
+    claims: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> Job:
+        """Read what :meth:`write` has written."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        volume = content.pop("volume")
+        return cls(
+            setting=Setting(**content.pop("setting")),
+            volume=None if volume is None else tuple(volume),
+            claims=tuple(content.pop("claims")),
+            **content,
+        )
+
+    def write(self, file: Path) -> None:
+        """Write the job as JSON."""
+        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def main() -> int:
+    """Measure the job in the file of the first argument, write the row into that of the second."""
+    job = Job.read(Path(sys.argv[1]))
+    with temporary_folders() as folder:
+        row = measure(job, folder)
+    Path(sys.argv[2]).write_text(json.dumps(row), encoding="utf-8")
+    return 0
+
+
+def measure(job: Job, folder: Path) -> dict[str, Any]:
+    """Measure a network.
+
+    Args:
+        job: what to measure.
+        folder: nnU-Net's folders, empty ones.
+
+    Returns:
+        A row of the benchmark: counts, seconds, bytes, and the machine.
+    """
+    import torch
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trainer_class = find_trainer_class(job.trainer)
+    row = measure_prediction(trainer_class, job, device)
+    row |= measure_training(trainer_class, job, folder, device)
+    row["claims"] = [check_claim(trainer_class, claim) for claim in job.claims]
+    row["machine"] = machine(device)
+    return row
+
+
+def measure_prediction(trainer_class: type[Any], job: Job, device: Any) -> dict[str, Any]:
+    """One patch, and a whole image, with the network as nnU-Net predicts."""
+    import torch
+
+    from nnunetv2_lightnets.nnunet.rehearsal import autocast
+
+    memory = Memory(device)
+    predicting = predictor(trainer_class, job, device)
+    patch = torch.randn(1, job.setting.input_channels, *job.setting.patch, device=device)
+    memory.start()
+    with torch.inference_mode(), autocast(device):
+        inference = timed(lambda: predicting.network(patch), job.seconds, device)
+    measured = {"inference": inference | {"memory": memory.peak()}}
+    if job.volume is not None:
+        image = torch.randn(patch.shape[1], *job.volume)
+        memory.start()
+        volume = timed(lambda: predicting.predict_sliding_window_return_logits(image), job.seconds, device)
+        measured["volume"] = volume | {"memory": memory.peak(), "voxels": image[0].numel()}
+    return measured
+
+
+def measure_training(trainer_class: type[Any], job: Job, folder: Path, device: Any) -> dict[str, Any]:
+    """A training step, and what there is to count in the network that is trained."""
+    from nnunetv2_lightnets.networks.counting import count_macs, count_parameters
+    from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
+
+    memory = Memory(device)
+    trainer = make_trainer(trainer_class, job.setting, job.batch_size, folder, device)
+    batch = make_batch(trainer, job.setting.patch, job.batch_size)
+    trainer.network.train()
+    memory.start()
+    training = timed(lambda: trainer.train_step(batch), job.seconds, device)
+    training |= {"memory": memory.peak(), "batch_size": job.batch_size}
+    network = getattr(trainer.network, "_orig_mod", trainer.network)
+    trainer.set_deep_supervision_enabled(False)
+    return {
+        "training": training,
+        "network": type(network).__name__,
+        "parameters": count_parameters(network),
+        "macs": count_macs(network, trainer.num_input_channels, job.setting.patch),
+        "compiled": network is not trainer.network,
+        "deep_supervision": bool(trainer.enable_deep_supervision),
+    }
+
+
+def predictor(trainer_class: type[Any], job: Job, device: Any) -> Any:
+    """nnU-Net's predictor with the trainer's network as it predicts."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = PlansManager(copy.deepcopy(job.setting.plans))
+    configuration = plans.get_configuration(job.setting.configuration)
+    outputs = plans.get_label_manager(job.setting.dataset_json).num_segmentation_heads
+    network = trainer_class.build_network_architecture(plans, configuration, job.setting.input_channels, outputs, False)
+    predicting = nnUNetPredictor(
+        use_mirroring=job.mirroring,
+        perform_everything_on_device=device.type == "cuda",
+        device=device,
+        verbose=False,
+        allow_tqdm=False,
+    )
+    axes = tuple(range(len(job.setting.patch)))
+    predicting.manual_initialization(
+        network.to(device), plans, configuration, None, job.setting.dataset_json, job.trainer, axes
+    )
+    predicting.network.eval()
+    return predicting
+
+
+def timed(step: Callable[[], Any], seconds: float, device: Any) -> dict[str, Any]:
+    """Seconds that a step takes: median and quartiles of repetitions, after one for warming up."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    first = once()
+    if first > _LONG * seconds:  # one more, which is warm, is all there is time for
+        runs = [once()]
+    else:
+        warm = once()
+        runs = [once() for _ in range(max(_FEWEST, min(_MOST, int(seconds / max(warm, 1e-9)))))]
+    low, median, high = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else runs * 3
+    return {"median": median, "quartiles": [low, high], "runs": len(runs)}
+
+
+def synchronize(device: Any) -> None:
+    """Wait until the device has done what it was told."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Memory:
+    """Peak memory: of the GPU's allocator, or of this process beyond what it held when this object was made."""
+
+    def __init__(self, device: Any) -> None:
+        self.cuda = device.type == "cuda"
+        _release_unused()
+        self.before = 0 if self.cuda else _resident("VmRSS")
+
+    def start(self) -> None:
+        """Forget earlier peaks."""
+        _release_unused()
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        elif _STATUS.exists():
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+    def peak(self) -> int:
+        """Bytes at most since ``start``; where the system has no way to reset, since the process began."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            return int(torch.cuda.max_memory_allocated())
+        return max(_resident("VmHWM") - self.before, 0)
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _release_unused() -> None:
+    """Give what nothing uses back to the system, or it counts as held before, and what reuses it does not count."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    """Bytes that this process holds (``VmRSS``) or held at most (``VmHWM``)."""
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def check_claim(trainer_class: type[Any], claim: dict[str, Any]) -> dict[str, Any]:
+    """A published number, and ours for the same input."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_lightnets.networks.counting import count_macs, count_parameters
+    from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
+
+    setting = patch_setting(claim["patch"], claim["channels"], claim["classes"])
+    plans = PlansManager(setting.plans)
+    network = trainer_class.build_network_architecture(
+        plans, plans.get_configuration(setting.configuration), claim["channels"], claim["classes"], False
+    )
+    network = network.network if isinstance(network, PredictionNetwork) else network
+    if claim["quantity"] == "parameters":
+        return claim | {"ours": count_parameters(network)}
+    return claim | {"ours": count_macs(network, claim["channels"], setting.patch)}
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    import torch
+
+    from nnunetv2_lightnets import __version__
+    from nnunetv2_lightnets.ops import available_backends
+
+    described = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": _total_memory(),
+        "system": platform.platform(terse=True),
+        "device": device.type,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "nnunetv2_lightnets": __version__,
+        "scan backends": [name for name, reason in available_backends().items() if reason is None],
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        described |= {"GPU": properties.name, "GPU memory": properties.total_memory, "CUDA": torch.version.cuda}
+    return described
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

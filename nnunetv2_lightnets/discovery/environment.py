@@ -1,0 +1,14 @@
+"""What tells nnU-Net of us, and whether this process is one of its commands. Imports nothing heavy."""
+
+import os
+import sys
+
+VARIABLE = "nnUNet_extTrainer"
+DISABLE = "NNUNET_LIGHTNETS_DISABLE"
+SHIM_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shim")
+
+
+def is_nnunet_command() -> bool:
+    """Whether this process was started as one of nnU-Net's commands (``nnUNetv2_train``, ``nnUNetv2_predict``, ...)."""
+    program = os.path.basename(sys.argv[0] if sys.argv else "")
+    return program.startswith("nnUNetv2_") and not program.startswith("nnUNetv2_lightnets")

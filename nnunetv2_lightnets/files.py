@@ -1,0 +1,63 @@
+"""Files: written whole or not at all, and read with an error that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from nnunetv2_lightnets.errors import LightNetsError
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes the file at ``path`` when the block ends without an error.
+
+    An interruption, at any moment, leaves what was there before. A kill leaves ``path.partial`` behind, which the next
+    write replaces.
+    """
+    partial = f"{os.fspath(path)}.partial"
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def write_atomically(path: str | os.PathLike[str], content: str) -> None:
+    """Write text (UTF-8) whole or not at all, see :func:`atomic_file`."""
+    with atomic_file(path) as stream:
+        stream.write(content.encode("utf-8"))
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        LightNetsError: there is none; the message ends with ``remedy``.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LightNetsError(f"{file} does not exist; {remedy}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        at = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise LightNetsError(f"{file} is truncated or not JSON{at}; {remedy}") from error
+    if not isinstance(content, dict):
+        raise LightNetsError(f"{file} holds a {type(content).__name__}, not an object; {remedy}")
+    return content
+
+
+def last_line(text: object) -> str:
+    """The last line that says something, of a log or of an error: libraries write pages before it."""
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    if lines:
+        return lines[-1]
+    return type(text).__name__ if isinstance(text, Exception) else "no message"

@@ -1,0 +1,1 @@
+"""What the pages of a comparison and of costs share: style, charts, numbers in words, templates."""
