@@ -23,6 +23,7 @@ from nnunetv2_lightnets import __version__
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks import create_network, list_networks, network_entry
 from nnunetv2_lightnets.nnunet.freezing import backward
+from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
 
@@ -118,7 +119,11 @@ class LightNetsTrainer(nnUNetTrainer):
         network = cls.trained_network(
             configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        return network if _building_for_training.get() else _for_prediction(network)
+        if _building_for_training.get():
+            return network
+        network = _for_prediction(network)
+        reuse_freed_memory_on_cpu(network)
+        return network
 
     @classmethod
     def trained_network(
@@ -156,6 +161,8 @@ class LightNetsTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does, with the network as it will predict."""
+        if self.device.type == "cpu":
+            reuse_freed_memory()
         trained = self.network  # type: ignore[has-type]
         if trained is self.bare_network:  # a compiled or distributed network is fast enough, and stays
             self.network = _for_prediction(trained)
