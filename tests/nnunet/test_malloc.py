@@ -22,7 +22,7 @@ configuration = plans.get_configuration(setting.configuration)
 network = find_trainer("nnUNetTrainerULite").build_network_architecture(plans, configuration, 1, 3, False).eval()
 patch = torch.randn(1, 1, 96, 96, 96)
 with torch.inference_mode():
-    for _ in range(2):
+    for _ in range(5):
         network(patch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     network(patch)
