@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "nnunetv2_lightnets"
@@ -77,6 +83,12 @@ def arrows() -> Iterator[tuple[str, str]]:
 
 def place(module: str) -> str:
     return str(FILES[module].relative_to(ROOT))
+
+
+def test_every_package_is_installed() -> None:
+    """setuptools takes the packages that pyproject.toml lists, and forgets a new one without a word."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == {module for module, file in FILES.items() if file.name == "__init__.py"}
 
 
 def test_every_room_has_a_layer() -> None:
