@@ -2,11 +2,11 @@
 
     python benchmarks/pictures.py [--raw RAW]
 
-Nothing is chosen by eye. The light networks are the two that compute least. The case is the median one: cases are ordered
-by how well the light networks agree with nnU-Net (mean Dice of their label maps with nnU-Net's), and the middle is taken.
-Nobody has compared these predictions with the truth here: the labels of the test images are not recorded.
+Nothing is chosen by eye. The light networks are the two that compute least. The case is the median one: cases are
+ordered by how well the light networks agree with nnU-Net (mean Dice of their label maps with nnU-Net's), and the middle
+is taken. Nobody has compared these predictions with the truth here: labels of the test images are not recorded.
 
-With ``--raw``, a folder in nnU-Net's raw format, the images lie below the label maps of 2D data.
+With ``--raw``, a folder in nnU-Net's raw format, the images lie below the outlines of 2D data.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def surfaces(axes: Any, volume: NDArray[Any], reference: NDArray[Any]) -> None:
 
 
 def masks(axes: Axes, prediction: NDArray[Any], reference: NDArray[Any], image: NDArray[Any] | None) -> None:
-    """Draw the middle of a picture's label map, in colours where it differs from another, or its outline on the image."""
+    """Draw the middle of a picture's label map: coloured where it differs from another, or its outline on the image."""
     height, width = prediction.shape
     window = (slice((height - CROP) // 2, (height + CROP) // 2), slice((width - CROP) // 2, (width + CROP) // 2))
     here, there = prediction[window] > 0, reference[window] > 0
