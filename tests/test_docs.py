@@ -64,6 +64,14 @@ def test_the_index_lists_every_page() -> None:
         assert page.name == "README.md" or f"]({page.name})" in index, page.name
 
 
+def test_the_way_of_a_patch_names_each_file_once() -> None:
+    way = (ROOT / "CONTRIBUTING.md").read_text().partition("## One patch")[2].partition("\n## ")[0]
+    steps = re.findall(r"^\d+\. `([\w./]+)`", way, flags=re.MULTILINE)
+    assert len(steps) > 15 and len(set(steps)) == len(steps)
+    for step in steps:
+        assert any((root / step).is_file() for root in (ROOT, ROOT / "nnunetv2_lightnets")), step
+
+
 def texts() -> Iterator[str]:
     """All texts in the package's source; what is filled in is "…"."""
     for folder in SOURCES:
