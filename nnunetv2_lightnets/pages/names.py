@@ -45,23 +45,25 @@ def page_names(names: Sequence[str]) -> Names:
     The plain ``nnUNetTrainer`` keeps its name, and names that are not nnU-Net's stay as they are. Where two labels would
     be equal, both are the full names.
     """
-    found = {name: match.groupdict() if (match := _NAME.fullmatch(name)) else {"trainer": name} for name in names}
-    values = {part: {parts.get(part) or "" for parts in found.values()} for part in _NAME.groupindex}
+    nothing = dict.fromkeys(_NAME.groupindex, "")
+    found = {
+        name: match.groupdict("") if (match := _NAME.fullmatch(name)) else {**nothing, "trainer": name}
+        for name in names
+    }
+    values = {part: {parts[part] for parts in found.values()} for part in _NAME.groupindex}
     differ = {part for part, of_all in values.items() if len(of_all) > 1}
     if "" in {_label(parts, differ) for parts in found.values()}:
         differ.add("trainer")
     labels = {name: _label(parts, differ) for name, parts in found.items()}
     shown = list(labels.values())
     labels = {name: label if shown.count(label) == 1 else name for name, label in labels.items()}
-    shared = {part: next(iter(of_all), "") for part, of_all in values.items() if part not in differ}
+    shared = {part: next(iter(of_all)) for part, of_all in values.items() if part not in differ}
     shared["budget"] = budget_in_words(shared.get("budget", ""))
     return Names(labels, tuple(shared[part] for part in _NAME.groupindex if shared.get(part)))
 
 
-def _label(parts: dict[str, str | None], wanted: set[str]) -> str:
-    trainer, budget, plans, configuration = (
-        (parts.get(part) or "") if part in wanted else "" for part in _NAME.groupindex
-    )
+def _label(parts: dict[str, str], wanted: set[str]) -> str:
+    trainer, budget, plans, configuration = (parts[part] if part in wanted else "" for part in _NAME.groupindex)
     trainer = re.sub("^nnUNetTrainer(?=.)", "", trainer)
     if plans != "nnUNetPlans":
         plans = re.sub("^nnUNet(.+)Plans$", r"\1", plans)
