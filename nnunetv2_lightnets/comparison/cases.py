@@ -22,14 +22,14 @@ class Case:
     Attributes:
         name: file name without its ending.
         fold: the fold whose network predicted it, or None where the folder does not say.
-        truth: file of the reference segmentation.
+        reference: file of the reference segmentation.
         prediction: file of the prediction.
         metrics: for each structure the metrics by name, e.g. ``metrics[(1,)]["Dice"]``; NaN where undefined.
     """
 
     name: str
     fold: str | None
-    truth: Path
+    reference: Path
     prediction: Path
     metrics: dict[Structure, dict[str, float]]
 
@@ -49,6 +49,12 @@ class Result:
     def folds(self) -> tuple[str, ...]:
         """Folds the cases come from; empty where the folder does not say."""
         return tuple(sorted({case.fold for case in self.cases.values() if case.fold is not None}))
+
+    @property
+    def dataset(self) -> str | None:
+        """nnU-Net's name of the data set, where the folder lies in a folder of that name."""
+        parts = reversed(self.folder.resolve().parts)
+        return next((part for part in parts if re.match(r"Dataset\d{3}_", part)), None)
 
     @property
     def ignore_label(self) -> int | None:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.configuration import default_num_processes
 
     from nnunetv2_lightnets.comparison.comparable import check_comparable
-    from nnunetv2_lightnets.comparison.results import read_results
+    from nnunetv2_lightnets.comparison.results import read_results, read_subjects
     from nnunetv2_lightnets.comparison.scoring import NSD, add_nsd
 
     processes = args.np or default_num_processes
@@ -91,9 +91,11 @@ def run(args: argparse.Namespace) -> int:
         metrics.append(NSD)
         check_comparable(results, metrics)
 
-    from nnunetv2_lightnets.comparison.analysis import Settings, compare, read_subjects
-    from nnunetv2_lightnets.comparison.report import text_summary, write_report
+    from nnunetv2_lightnets.comparison.analysis import compare
+    from nnunetv2_lightnets.comparison.findings import Settings
+    from nnunetv2_lightnets.comparison.report import write_report
     from nnunetv2_lightnets.comparison.volumes import unit_of_spacing
+    from nnunetv2_lightnets.comparison.wording import text_summary
 
     subjects = None if args.subjects is None else read_subjects(args.subjects)
     some_case = next(iter(results[0].cases.values()))

@@ -1,50 +1,50 @@
-"""Charts of a comparison: differences with their intervals, spread of scores, case against case."""
+"""Charts of a comparison: differences with their intervals, spread of scores, case against case.
+
+All take the tables of a comparison, and ``labels``: what to call each result in a chart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from nnunetv2_lightnets.comparison.analysis import Table
-from nnunetv2_lightnets.pages.figures import COLOURS, GREY, MARKERS, WIDTH, axes_of, short
+from nnunetv2_lightnets.comparison.findings import Difference, Table
+from nnunetv2_lightnets.pages.figures import GREY, HALO, WIDTH, axes_of, series
+from nnunetv2_lightnets.pages.text import signed
 
 _MANY_POINTS = 1500  # more of them make an SVG heavy
-_LABELLED_HEIGHT = 200  # points, about, of the square of case_against_case
+_MARGINS_SHOWN = 8  # either side of 0, in a chart whose largest difference is more than twice as far
 
 
-def forest(tables: Sequence[Table], reference: str, margin: float) -> Figure:
+def forest(tables: Sequence[Table], labels: Mapping[str, str], margin: float) -> Figure:
     """Mean paired differences from the reference result with 95 % intervals, and the margin as a line.
+
+    The axis keeps to the neighbourhood of the margin, in which the question is decided: arrows with numbers stand for
+    differences that lie far beyond it.
 
     Args:
         tables: of one metric; each becomes a group of rows.
-        reference: name of the reference result.
+        labels: by the results' names.
         margin: of non-inferiority.
     """
-    names = [d.result for d in tables[0].differences]
-    rows = len(tables) * (len(names) + (len(names) > 1))
+    several = len(tables[0].differences) > 1
+    rows = len(tables) * (len(tables[0].differences) + several)
     figure, axes = axes_of(WIDTH, 1.2 + 0.24 * rows)
+    low, high = _shown(tables, margin)
     ticks: list[tuple[float, str]] = []
     y = 0.0
     for table in tables:
-        if len(names) > 1:
-            axes.text(
-                0,
-                y,
-                table.title,
-                transform=blended_transform_factory(axes.transAxes, axes.transData),
-                va="center",
-                weight="bold",
-            )
+        if several:
+            across = blended_transform_factory(axes.transAxes, axes.transData)
+            axes.text(0, y, table.title, transform=across, va="center", weight="bold")
             y += 1
-        for j, difference in enumerate(table.differences):
-            colour, marker = COLOURS[(j + 1) % len(COLOURS)], MARKERS[(j + 1) % len(MARKERS)]
-            if difference.interval is not None:
-                axes.plot([difference.interval.low, difference.interval.high], [y, y], color=colour, lw=1.8)
-            axes.plot(difference.mean, y, marker, color=colour, ms=5.5)
-            ticks.append((y, short(difference.result) if len(names) > 1 else table.title))
+        for j, difference in enumerate(table.differences, start=1):
+            _difference(axes, difference, j, y, low, high)
+            ticks.append((y, labels[difference.result] if several else table.title))
             y += 1
     axes.axvline(0, color="black", lw=0.9, zorder=0)
     axes.axvline(-margin, color=GREY, lw=0.9, ls="--", zorder=0)
@@ -62,25 +62,57 @@ def forest(tables: Sequence[Table], reference: str, margin: float) -> Figure:
     axes.set_yticks([position for position, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(y - 0.4, -0.6)
-    axes.margins(x=0.08)
+    room = 0.08 * (high - low)
+    axes.set_xlim(low - room, high + room)
     axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", color="#e5e5e5", lw=0.7)
-    axes.set_xlabel(f"{tables[0].metric}, difference from {short(reference)}")
+    axes.set_xlabel(f"{tables[0].metric}, difference from {labels[tables[0].scores[0].result]}")
     return figure
 
 
-def spread(table: Table) -> Figure:
+def _shown(tables: Sequence[Table], margin: float) -> tuple[float, float]:
+    """Ends of the axis of differences: all of them, or a neighbourhood of the margin where some are far away."""
+    ends = [d.mean for table in tables for d in table.differences]
+    for d in (d for table in tables for d in table.differences):
+        ends += [] if d.interval is None else [d.interval.low, d.interval.high]
+    low, high = min(*ends, -margin), max(*ends, 0.0)
+    around = _MARGINS_SHOWN * margin
+    return (-around if low < -2 * around else low), (around if high > 2 * around else high)
+
+
+def _difference(axes: Axes, difference: Difference, index: int, y: float, low: float, high: float) -> None:
+    """One row: the mean with its interval, or an arrow and a number where the mean is beyond the axis."""
+    colour, marker = series(index)
+    if not low <= difference.mean <= high:
+        left = difference.mean < low
+        axes.plot(low if left else high, y, "<" if left else ">", color=colour, ms=5.5)
+        axes.annotate(
+            signed(difference.mean, 2),
+            (low if left else high, y),
+            xytext=(7 if left else -7, 0),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            va="center",
+            fontsize=8,
+        )
+        return
+    if difference.interval is not None:
+        ends = np.clip([difference.interval.low, difference.interval.high], low, high)
+        axes.plot(ends, [y, y], color=colour, lw=1.8)
+    axes.plot(difference.mean, y, marker, color=colour, ms=5.5)
+
+
+def spread(table: Table, labels: Mapping[str, str]) -> Figure:
     """Every case (or subject) of every result as a point, quartiles as a box, the mean as a bar."""
-    names = [score.result for score in table.scores]
+    names = [labels[score.result] for score in table.scores]
     figure, axes = axes_of(WIDTH, 0.9 + 0.5 * len(names))
     rng = np.random.default_rng(0)
     for j in range(len(names)):
         values = table.values[:, j]
-        colour, marker = COLOURS[j % len(COLOURS)], MARKERS[j % len(MARKERS)]
+        colour, marker = series(j)
         jitter = rng.uniform(-0.22, 0.22, len(values))
-        axes.plot(
-            values, j + jitter, marker, color=colour, ms=4, alpha=0.45, mew=0, rasterized=len(values) > _MANY_POINTS
-        )
+        many = len(values) > _MANY_POINTS
+        axes.plot(values, j + jitter, marker, color=colour, ms=4, alpha=0.45, mew=0, rasterized=many)
         axes.boxplot(
             [values],
             positions=[j],
@@ -95,7 +127,7 @@ def spread(table: Table) -> Figure:
         )
         axes.plot(values.mean(), j, "|", color="black", ms=20, mew=2.4)
         axes.plot(values.mean(), j, "|", color=colour, ms=17, mew=1.2)
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.locator_params(axis="x", nbins=5)
@@ -104,46 +136,42 @@ def spread(table: Table) -> Figure:
     return figure
 
 
-def case_against_case(table: Table, index: int) -> Figure:
-    """Every case: the reference result's score against that of result ``index``; below the line it lost."""
-    reference, result = (table.scores[j].result for j in (0, index))
+def case_against_case(table: Table, index: int, labels: Mapping[str, str]) -> Figure:
+    """Every case: the reference result's score against that of result ``index``; below the line it lost.
+
+    Its worst cases have a circle and a number, in the order of :func:`worst_units`.
+    """
+    reference, result = (labels[table.scores[j].result] for j in (0, index))
     x, y = table.values[:, 0], table.values[:, index]
     figure, axes = axes_of(WIDTH * 0.8, WIDTH * 0.8)
     low = float(min(x.min(), y.min()))
     low -= 0.04 * max(1 - low, 0.02)
     high = 1 + 0.04 * (1 - low)
-    axes.plot([low, high], [low, high], color="black", lw=0.9, zorder=0)
-    axes.plot(
-        x,
-        y,
-        MARKERS[index % len(MARKERS)],
-        color=COLOURS[index % len(COLOURS)],
-        ms=4,
-        alpha=0.55,
-        mew=0,
-        rasterized=len(x) > _MANY_POINTS,
-    )
-    worst = [i for i in np.argsort(y - x, kind="stable")[:3] if y[i] < x[i]]
-    points = _LABELLED_HEIGHT / (high - low)  # per unit of the score
-    above = np.inf
-    for i in sorted(worst, key=lambda i: -y[i]):
-        left = x[i] > (low + high) / 2
-        at = min(y[i] * points, above - 9)  # points; labels must not cover each other
-        above = at
+    axes.plot([low, high], [low, high], color="black", lw=0.9, zorder=0.9)
+    colour, marker = series(index)
+    axes.plot(x, y, marker, color=colour, ms=4, alpha=0.55, mew=0, rasterized=len(x) > _MANY_POINTS)
+    for place, i in enumerate(worst_units(table, index), start=1):
+        axes.plot(x[i], y[i], "o", ms=9, mfc="none", mec=GREY, mew=0.9)
         axes.annotate(
-            short(table.units[i], 16),
+            str(place),
             (x[i], y[i]),
-            xytext=(-6 if left else 6, at - y[i] * points),
+            xytext=(6, -6),
             textcoords="offset points",
-            ha="right" if left else "left",
+            ha="center",
             va="center",
-            fontsize=7.5,
-            color=GREY,
+            fontsize=8,
+            path_effects=HALO,
         )
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.spines["left"].set_visible(True)
     axes.locator_params(nbins=5)
     axes.grid(color="#e5e5e5", lw=0.7)
-    axes.set_xlabel(f"{table.metric} of {short(reference)}")
-    axes.set_ylabel(f"{table.metric} of {short(result)}")
+    axes.set_xlabel(f"{table.metric} of {reference}")
+    axes.set_ylabel(f"{table.metric} of {result}")
     return figure
+
+
+def worst_units(table: Table, index: int) -> list[int]:
+    """Places in ``table.units`` of the three cases in which result ``index`` loses most, the worst first."""
+    losses = table.values[:, index] - table.values[:, 0]
+    return [int(i) for i in np.argsort(losses, kind="stable")[:3] if losses[i] < 0]

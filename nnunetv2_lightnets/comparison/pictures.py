@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,39 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nnunetv2_lightnets.comparison.cases import Result, Structure
-from nnunetv2_lightnets.comparison.volumes import image_file, read_image, read_segmentation, structure_mask, truth_file
+from nnunetv2_lightnets.comparison.volumes import (
+    image_file,
+    read_image,
+    read_segmentation,
+    reference_file,
+    structure_mask,
+)
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.pages.figures import COLOURS, WIDTH, short
+from nnunetv2_lightnets.pages.figures import COLOURS, WIDTH
+from nnunetv2_lightnets.pages.names import short
 
 _CONTEXT = 0.35  # of the structures' extent, shown around them
 _SMALLEST = 24  # voxels shown at least
 _TALLEST = 1.8  # height of a panel over its width
-_TRUTH = "#F0E442"  # Okabe and Ito's yellow, seen on black and white with a dark edge
+_REFERENCE = "#F0E442"  # Okabe and Ito's yellow, seen on black and white with a dark edge
+_STYLES = ("solid", "dashed", "dotted", "dashdot")
 _EDGE = [patheffects.Stroke(linewidth=3.2, foreground="black"), patheffects.Normal()]
 
 
 def case_picture(
-    results: Sequence[Result],
+    panels: Mapping[str, Result],
     case: str,
     titles: dict[Structure, str],
     *,
     labels: Path | None = None,
     images: Path | None = None,
 ) -> Figure:
-    """One panel for each result: the image where found, the truth in yellow, the prediction in colours.
+    """One panel for each result: the image, if found, the reference segmentation in yellow, predictions in colours.
 
     Shown is the slice (of the first array axis, nnU-Net's slowest one) where the last result is wrong in most voxels.
 
     Args:
-        results: results to show side by side.
+        panels: the results to show side by side, by what to call each.
         case: name of the case.
         titles: name of each structure.
         labels: folder of reference segmentations; None takes those that nnU-Net scored against.
@@ -47,42 +55,45 @@ def case_picture(
     Raises:
         LightNetsError: a file is gone or cannot be read.
     """
+    results = list(panels.values())
     cases = [result.cases[case] for result in results]
-    file = truth_file(cases[0], labels)
+    file = reference_file(cases[0], labels)
     for needed in (file, *(c.prediction for c in cases)):
         if not needed.is_file():
             raise LightNetsError(f"no picture of {case}: {needed} is gone")
     description = results[0].dataset_json
-    truth, spacing = read_segmentation(file, description)
+    reference, spacing = read_segmentation(file, description)
     predictions = [read_segmentation(c.prediction, description)[0] for c in cases]
     found = image_file(cases[0], file, images)
-    image = read_image(found, description) if found is not None else np.zeros(truth.shape, np.float32)
-    if any(array.shape[: truth.ndim] != truth.shape for array in (image, *predictions)):
+    image = read_image(found, description) if found is not None else np.zeros(reference.shape, np.float32)
+    if any(array.shape[: reference.ndim] != reference.shape for array in (image, *predictions)):
         raise LightNetsError(f"no picture of {case}: image, labels and predictions differ in shape")
     where = case
-    if truth.ndim == 3:
-        index = _worst_slice(truth, predictions[-1], titles, results[-1].ignore_label)
-        where = f"{case}, slice {index + 1} of {len(truth)}"
-        truth, image, predictions = truth[index], image[index], [p[index] for p in predictions]
+    if reference.ndim == 3:
+        index = _worst_slice(reference, predictions[-1], titles, results[-1].ignore_label)
+        where = f"{case}, slice {index + 1} of {len(reference)}"
+        reference, image, predictions = reference[index], image[index], [p[index] for p in predictions]
         spacing = spacing[1:]
-    rows, columns = _window([truth, *predictions], titles)
-    height, width = (len(range(*part.indices(n))) for part, n in zip((rows, columns), truth.shape, strict=True))
+    rows, columns = _window([reference, *predictions], titles)
+    height, width = (len(range(*part.indices(n))) for part, n in zip((rows, columns), reference.shape, strict=True))
     tall = min(height * spacing[0] / (width * spacing[1]), _TALLEST)
     figure = Figure(figsize=(WIDTH, WIDTH / len(results) * tall + 0.75), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, result, prediction in zip(panels, results, predictions, strict=True):
+    side_by_side = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, label, prediction in zip(side_by_side, panels, predictions, strict=True):
         axes.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for structure in titles:
-            _contour(axes, structure_mask(truth[rows, columns], structure), _TRUTH, 2.6, path_effects=_EDGE)
+            _contour(
+                axes, structure_mask(reference[rows, columns], structure), _REFERENCE, 2.6, "solid", path_effects=_EDGE
+            )
         for j, structure in enumerate(titles):
-            _contour(axes, structure_mask(prediction[rows, columns], structure), COLOURS[j % len(COLOURS)], 1.5)
-        axes.set_title(short(result.name, 22), fontsize=9)
+            _contour(axes, structure_mask(prediction[rows, columns], structure), *_line(j))
+        axes.set_title(short(label, 22), fontsize=9)
         axes.set_aspect(spacing[0] / spacing[1])
         axes.set(xticks=[], yticks=[])
         axes.set_facecolor("black")
-    shown = [(j, s) for j, s in enumerate(titles) if any(structure_mask(a, s).any() for a in (truth, *predictions))]
-    handles = [Line2D([], [], color=COLOURS[j % len(COLOURS)], lw=2, label=short(titles[s])) for j, s in shown]
-    handles.insert(0, Line2D([], [], color=_TRUTH, lw=2.2, label="truth", path_effects=_EDGE))
+    shown = [(j, s) for j, s in enumerate(titles) if any(structure_mask(a, s).any() for a in (reference, *predictions))]
+    handles = [Line2D([], [], color=_line(j)[0], lw=2, ls=_line(j)[2], label=short(titles[s])) for j, s in shown]
+    handles.insert(0, Line2D([], [], color=_REFERENCE, lw=2.2, label="reference", path_effects=_EDGE))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8, title=where, title_fontsize=8
     )
@@ -90,13 +101,13 @@ def case_picture(
 
 
 def _worst_slice(
-    truth: NDArray[Any], prediction: NDArray[Any], structures: dict[Structure, str], ignore_label: int | None
+    reference: NDArray[Any], prediction: NDArray[Any], structures: dict[Structure, str], ignore_label: int | None
 ) -> int:
     """Index of the slice with most wrong voxels of any structure."""
-    wrong = np.zeros(len(truth), int)
-    scored = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
+    wrong = np.zeros(len(reference), int)
+    scored = np.ones(reference.shape, bool) if ignore_label is None else reference != ignore_label
     for structure in structures:
-        mistaken = (structure_mask(truth, structure) != structure_mask(prediction, structure)) & scored
+        mistaken = (structure_mask(reference, structure) != structure_mask(prediction, structure)) & scored
         wrong += mistaken.sum(axis=(1, 2))
     return int(wrong.argmax())
 
@@ -118,10 +129,15 @@ def _window(maps: Sequence[NDArray[Any]], structures: dict[Structure, str]) -> t
     return bounds[0], bounds[1]
 
 
-def _contour(axes: Axes, mask: NDArray[np.bool_], colour: str, width: float, **more: Any) -> None:
+def _line(index: int) -> tuple[str, float, str]:
+    """Colour, width and style of the contour of structure ``index``; repeats after 24 structures."""
+    return COLOURS[index % len(COLOURS)], 1.5, _STYLES[index // len(COLOURS) % len(_STYLES)]
+
+
+def _contour(axes: Axes, mask: NDArray[np.bool_], colour: str, width: float, style: str, **more: Any) -> None:
     """The outline of a mask, also where it touches the border of the window."""
     if mask.any():
         padded = np.pad(mask.astype(float), 1)
         rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
-        axes.contour(columns, rows, padded, [0.5], colors=[colour], linewidths=[width], **more)
+        axes.contour(columns, rows, padded, [0.5], colors=[colour], linewidths=[width], linestyles=[style], **more)
         axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))

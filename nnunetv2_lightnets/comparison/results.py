@@ -1,33 +1,24 @@
 """Reading nnU-Net result folders: scores per case, from any of the places where nnU-Net leaves them.
 
 nnU-Net writes a ``summary.json`` into every validation folder (``fold_x/validation``), every folder that
-``nnUNetv2_evaluate_folder`` has seen, and the folders of ``nnUNetv2_find_best_configuration``. Its format is made by
-``nnunetv2.evaluation.evaluate_predictions``: for each case and each label or region Dice, IoU and voxel counts; NaN
-where a structure is in neither the reference nor the prediction.
+``nnUNetv2_evaluate_folder`` has seen, and the folders of ``nnUNetv2_find_best_configuration``.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_lightnets.comparison.cases import (
-    Case,
-    Result,
-    Structure,
-    as_structure,
-    case_name,
-    shown_structures,
-)
+from nnunetv2_lightnets.comparison.cases import Case, Result, case_name
 from nnunetv2_lightnets.comparison.scoring import score_folder
+from nnunetv2_lightnets.comparison.summary import SUMMARY, checked_metrics, read_summary, structures_of
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.files import read_json
+from nnunetv2_lightnets.files import last_line, read_json
 
-SUMMARY = "summary.json"
 _TRAINER_FOLDER = re.compile(r"^(?P<trainer>[^_].*?)__(?P<plans>.+?)__(?P<configuration>.+)$")
 _FOLD_FOLDER = re.compile(r"^fold_(?P<fold>\d+|all)$")
 
@@ -134,11 +125,15 @@ def read_result(
     else:
         cases = {
             case_name(path): Case(
-                case_name(path), _fold_of(path), labels / path.name, path, _metrics(metrics, f"{folder}, {path.name}")
+                case_name(path),
+                _fold_of(path),
+                labels / path.name,
+                path,
+                checked_metrics(metrics, f"{folder}, {path.name}"),
             )
             for path, metrics in score_folder(folder, labels, description, chill=chill, processes=processes).items()
         }
-    structures = _structures(name, cases.values())
+    structures = structures_of(name, cases.values())
     return Result(name, folder, cases, structures, description, _budgets([file for _, file in sources]))
 
 
@@ -183,77 +178,6 @@ def _fold_of(file: Path) -> str | None:
     return None
 
 
-def read_summary(file: Path, fold: str | None = None) -> list[Case]:
-    """The cases of one summary.json.
-
-    Files are looked for where the summary says, then beside it (result folders get moved).
-
-    Raises:
-        LightNetsError: the file is truncated, or is not what nnU-Net writes; says where.
-    """
-    content = read_json(file, "score the predictions again with nnUNetv2_evaluate_folder")
-    entries = content.get("metric_per_case")
-    if not isinstance(entries, list) or not entries:
-        raise LightNetsError(f"{file} has no cases under metric_per_case; nnU-Net's {SUMMARY} is needed")
-    cases: list[Case] = []
-    for i, entry in enumerate(entries):
-        where = f"{file}, case {i + 1} of {len(entries)}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
-            raise LightNetsError(f"{where} has no metrics; nnU-Net's {SUMMARY} is needed")
-        files = [entry.get("reference_file"), entry.get("prediction_file")]
-        if not all(isinstance(f, str) and f for f in files):
-            raise LightNetsError(f"{where} names no reference_file and prediction_file; nnU-Net's {SUMMARY} is needed")
-        truth, prediction = (Path(str(f)) for f in files)
-        name = case_name(prediction)
-        if not prediction.is_file():
-            moved = file.parent / re.split(r"[/\\]", str(prediction))[-1]
-            prediction = moved if moved.is_file() else prediction
-        if any(case.name == name for case in cases):
-            raise LightNetsError(f"{file} holds case {name} twice; score the predictions again")
-        cases.append(Case(name, fold, truth, prediction, _metrics(entry["metrics"], f"{file}, case {name}")))
-    return cases
-
-
-def _metrics(content: Mapping[str, Any], where: str) -> dict[Structure, dict[str, float]]:
-    """Metrics of one case, checked; background is left out, as in nnU-Net's foreground mean."""
-    metrics: dict[Structure, dict[str, float]] = {}
-    for key, values in content.items():
-        structure = as_structure(key)
-        if structure is None or not isinstance(values, dict):
-            raise LightNetsError(f"{where}: {key!r} is no label and no region")
-        if structure == (0,):
-            continue
-        numbers: dict[str, float] = {}
-        for metric, value in values.items():
-            value = math.nan if value is None else value
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise LightNetsError(f"{where}, label {key}: {metric} is {value!r}, not a number")
-            numbers[metric] = float(value)
-        for count in ("n_ref", "n_pred"):
-            if not (numbers.get(count, -1.0) >= 0):
-                raise LightNetsError(
-                    f"{where}, label {key} has no {count}, which says where the structure is absent; score the "
-                    "predictions again with nnUNetv2_evaluate_folder"
-                )
-        metrics[structure] = numbers
-    return metrics
-
-
-def _structures(name: str, cases: Iterable[Case]) -> tuple[Structure, ...]:
-    """The structures that all cases of a result hold, in nnU-Net's order."""
-    first: Case | None = None
-    for case in cases:
-        first = first or case
-        if set(case.metrics) != set(first.metrics):
-            raise LightNetsError(
-                f"{name}: case {first.name} is scored for {shown_structures(first.metrics)} and case {case.name} for "
-                f"{shown_structures(case.metrics)}; score all cases for the same labels"
-            )
-    if first is None or not first.metrics:
-        raise LightNetsError(f"{name} holds no scores of any foreground label")
-    return tuple(sorted(first.metrics, key=lambda s: (s if len(s) == 1 else (0,), -len(s), s)))
-
-
 def _read_dataset_json(folder: Path, given: Path | None, labels: Path | None) -> dict[str, Any]:
     """The data set's description: the given one, else one beside the predictions, above them, or above the labels."""
     if given is not None:
@@ -286,3 +210,21 @@ def _budgets(summaries: Sequence[Path]) -> tuple[str, ...]:
         if budget not in budgets:
             budgets.append(budget)
     return tuple(budgets)
+
+
+def read_subjects(file: Path) -> dict[str, str]:
+    """Subject of each case, from a CSV file with the columns ``case`` and ``subject`` or a JSON object.
+
+    Raises:
+        LightNetsError: there is no such file, or it says something else.
+    """
+    wanted = "--subjects takes a CSV file with the columns case and subject, or a JSON object from case to subject"
+    if file.suffix == ".json":
+        return {str(case): str(subject) for case, subject in read_json(file, wanted).items()}
+    try:
+        rows = csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise LightNetsError(f"{file} cannot be read: {last_line(error)}; {wanted}") from error
+    if not {"case", "subject"} <= set(rows.fieldnames or ()):
+        raise LightNetsError(f"{file} has no such columns; {wanted}")
+    return {row["case"]: row["subject"] for row in rows}

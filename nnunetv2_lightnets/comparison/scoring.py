@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunetv2_lightnets.comparison.cases import Result, Structure, case_name, listed, structure_label
-from nnunetv2_lightnets.comparison.volumes import read_segmentation, reader, structure_mask, truth_file
+from nnunetv2_lightnets.comparison.volumes import read_segmentation, reader, reference_file, structure_mask
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import last_line
 
@@ -90,10 +90,10 @@ def score_folder(
         raise LightNetsError(
             f"{folder} holds no summary.json and no predictions *{ending}; give an nnU-Net result folder"
         )
-    truths = {path.name for path in labels.glob(f"*{ending}")}
-    if unknown := [path.name for path in predictions if path.name not in truths]:
+    labelled = {path.name for path in labels.glob(f"*{ending}")}
+    if unknown := [path.name for path in predictions if path.name not in labelled]:
         raise LightNetsError(f"{folder}: no label in {labels} for {listed(unknown)}; give their labels with -gt")
-    missing = sorted(truths - {path.name for path in predictions})
+    missing = sorted(labelled - {path.name for path in predictions})
     if missing and not chill:
         raise LightNetsError(
             f"{folder}: no prediction for {listed(case_name(m) for m in missing)} of {labels}; predict them, or add "
@@ -110,7 +110,7 @@ def score_folder(
 
 
 def score_case(
-    truth: Path,
+    label_file: Path,
     prediction: Path,
     description: dict[str, Any],
     structures: list[Any],
@@ -120,9 +120,11 @@ def score_case(
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics, label_or_region_to_key
 
     try:
-        scored = compute_metrics(str(truth), str(prediction), reader(truth, description), structures, ignore_label)
+        scored = compute_metrics(
+            str(label_file), str(prediction), reader(label_file, description), structures, ignore_label
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        raise LightNetsError(f"{prediction} cannot be scored against {truth}: {last_line(error)}") from error
+        raise LightNetsError(f"{prediction} cannot be scored against {label_file}: {last_line(error)}") from error
     return {
         label_or_region_to_key(structure): {metric: float(value) for metric, value in metrics.items()}
         for structure, metrics in scored["metrics"].items()
@@ -150,15 +152,15 @@ def add_nsd(results: Sequence[Result], tolerance: float, labels: Path | None, pr
     cases = [(result, case) for result in results for case in result.cases.values()]
     jobs = []
     for result, case in cases:
-        truth = truth_file(case, labels)
+        label_file = reference_file(case, labels)
         for file, remedy in (
-            (truth, "give the reference segmentations with -gt"),
+            (label_file, "give the reference segmentations with -gt"),
             (case.prediction, "keep the predictions beside summary.json, or leave --nsd out"),
         ):
             if not file.is_file():
                 raise LightNetsError(f"{result.name}: --nsd needs {file}, which is gone; {remedy}")
         voxels = {structure: int(values["n_ref"]) for structure, values in case.metrics.items()}
-        jobs.append((truth, case.prediction, result.dataset_json, voxels, result.ignore_label, tolerance))
+        jobs.append((label_file, case.prediction, result.dataset_json, voxels, result.ignore_label, tolerance))
     scores = for_each_case(case_nsd, jobs, processes, NSD)
     for (_, case), score in zip(cases, scores, strict=True):
         for structure, value in score.items():
@@ -166,7 +168,7 @@ def add_nsd(results: Sequence[Result], tolerance: float, labels: Path | None, pr
 
 
 def case_nsd(
-    truth: Path,
+    label_file: Path,
     prediction: Path,
     description: dict[str, Any],
     voxels: dict[Structure, int],
@@ -174,17 +176,17 @@ def case_nsd(
     tolerance: float,
 ) -> dict[Structure, float]:
     """NSD of one case for each structure in ``voxels``, which says how many voxels of the reference were scored."""
-    reference, spacing = read_segmentation(truth, description)
+    reference, spacing = read_segmentation(label_file, description)
     predicted, _ = read_segmentation(prediction, description)
     if reference.shape != predicted.shape:
-        raise LightNetsError(f"{prediction} has shape {predicted.shape}, its reference {truth} {reference.shape}")
+        raise LightNetsError(f"{prediction} has shape {predicted.shape}, its reference {label_file} {reference.shape}")
     scored = np.ones(reference.shape, bool) if ignore_label is None else reference != ignore_label
     scores = {}
     for structure, count in voxels.items():
         in_reference = structure_mask(reference, structure) & scored
         if int(in_reference.sum()) != count:
             raise LightNetsError(
-                f"{truth}: {in_reference.sum()} voxels of {structure_label(structure)}, not the {count} that were "
+                f"{label_file}: {in_reference.sum()} voxels of {structure_label(structure)}, not the {count} that were "
                 "scored; give the scored labels with -gt, and dataset.json with -djfile if there is an ignore label"
             )
         scores[structure] = nsd(in_reference, structure_mask(predicted, structure) & scored, spacing, tolerance)

@@ -61,8 +61,8 @@ def mean_interval(
 ) -> Interval | None:
     """Bootstrap interval of the mean: percentiles, widened as the t interval is for few cases (Hesterberg 2015, 4.1).
 
-    Without the widening the 95 % interval of 10 cases covers the truth in 90 % of samples. The BCa interval was tried
-    and not taken: it covers less where a few cases fail, which is how segmentations fail.
+    Without the widening the 95 % interval of 10 cases covers the true mean in 90 % of samples. The BCa interval was
+    tried and not taken: it covers less where a few cases fail, which is how segmentations fail.
 
     Args:
         values: one per case.

@@ -19,25 +19,25 @@ from nnunetv2_lightnets.nnunet.folders import RAW
 _IMAGES_OF = {"labelsTr": "imagesTr", "labelsTs": "imagesTs"}
 
 
-def truth_file(case: Case, labels: Path | None) -> Path:
+def reference_file(case: Case, labels: Path | None) -> Path:
     """The reference segmentation of a case: in the given folder, else where nnU-Net found it."""
     name = case.prediction.name
-    return labels / name if labels is not None else case.truth
+    return labels / name if labels is not None else case.reference
 
 
-def image_file(case: Case, truth: Path, images: Path | None) -> Path | None:
+def image_file(case: Case, label_file: Path, images: Path | None) -> Path | None:
     """The first channel of a case's image; None if it is not where nnU-Net keeps images.
 
     Args:
         case: the case.
-        truth: its reference segmentation.
+        label_file: its reference segmentation.
         images: folder of images; None looks beside the labels, and in nnUNet_raw for nnU-Net's gt_segmentations.
     """
     if images is None:
-        if truth.parent.name in _IMAGES_OF:
-            images = truth.parent.with_name(_IMAGES_OF[truth.parent.name])
-        elif truth.parent.name == "gt_segmentations" and (raw := os.environ.get(RAW)):
-            images = Path(raw, truth.parent.parent.name, "imagesTr")
+        if label_file.parent.name in _IMAGES_OF:
+            images = label_file.parent.with_name(_IMAGES_OF[label_file.parent.name])
+        elif label_file.parent.name == "gt_segmentations" and (raw := os.environ.get(RAW)):
+            images = Path(raw, label_file.parent.parent.name, "imagesTr")
         else:
             return None
     return next(iter(sorted(images.glob(f"{case.name}_0000.*"))), None)

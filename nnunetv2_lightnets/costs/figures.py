@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from nnunetv2_lightnets.pages.figures import COLOURS, GREY, WIDTH, axes_of, short
+from nnunetv2_lightnets.pages.figures import COLOURS, GREY, WIDTH, axes_of
 
 
 def pareto(
@@ -19,7 +19,7 @@ def pareto(
     """Cost ``x``, on a logarithmic axis, against ``y``; results that no other one beats in both are filled and joined.
 
     Args:
-        names: of the results, written beside the points.
+        names: short ones of the results, written beside the points.
         x: cost, less is better.
         y: another cost (logarithmic axis), or a score.
         x_label: axis label.
@@ -56,7 +56,7 @@ def pareto(
     line = 10.5 / ((height - 0.6) * 72)  # a line of text, as a share of the axes' height
     for i, at in enumerate(_spread_out(shares, line)):
         axes.annotate(
-            short(names[i]),
+            names[i],
             (x[i], y[i]),
             xytext=(1.06, at),
             textcoords="axes fraction",
@@ -88,15 +88,15 @@ def _plain_numbers(axis: Axis, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _spread_out(shares: Sequence[float] | NDArray[np.float64], line: float) -> list[float]:
-    """Heights of labels, near the wanted ones in the same order, a line apart from each other."""
-    order = np.argsort(shares, kind="stable")
-    at = np.asarray(shares, dtype=np.float64)[order].copy()
+def _spread_out(wanted: Sequence[float] | NDArray[np.float64], gap: float) -> list[float]:
+    """Heights of labels up to 1, near the wanted ones and in their order, ``gap`` apart from each other."""
+    order = np.argsort(wanted, kind="stable")
+    at = np.asarray(wanted, dtype=np.float64)[order].copy()
     for k in range(1, len(at)):
-        at[k] = max(at[k], at[k - 1] + line)
+        at[k] = max(at[k], at[k - 1] + gap)
     at[-1] = min(at[-1], 1.0)
     for k in range(len(at) - 2, -1, -1):
-        at[k] = min(at[k], at[k + 1] - line)
-    heights = np.empty(len(at))
-    heights[order] = at
-    return [float(height) for height in heights]
+        at[k] = min(at[k], at[k + 1] - gap)
+    places = np.empty(len(at))
+    places[order] = at
+    return [float(place) for place in places]

@@ -12,15 +12,20 @@ import re
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Okabe and Ito 2008, without black (the truth is black) and yellow (it fades on white).
+# Okabe and Ito 2008, without black (axes are black) and yellow (it fades on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#595959"
+HALO = [
+    patheffects.Stroke(linewidth=2.2, foreground="white"),
+    patheffects.Normal(),
+]  # text over points and lines stays readable
 WIDTH = 4.4  # inches
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -35,10 +40,9 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def short(name: str, length: int = 24) -> str:
-    """A name that fits beside a chart; nnU-Net's prefix goes first, then the middle."""
-    name = re.sub(r"^nnUNetTrainer(?=.)", "", name)
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"
+def series(index: int) -> tuple[str, str]:
+    """Colour and marker of the result ``index`` in all charts of a page; pairs repeat after 36 results only."""
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
 def svg(figure: Figure, description: str) -> str:

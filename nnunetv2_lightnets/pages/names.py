@@ -24,11 +24,12 @@ class Names:
 
     Attributes:
         labels: the label of each name, in the order given; distinct, and never empty.
-        shared: what was left out of every label, to be said once: trainer, budget, plans, configuration.
+        shared: what was left out of every label, to be said once: by ``trainer``, ``budget``, ``plans`` and
+            ``configuration``, in this order.
     """
 
     labels: dict[str, str]
-    shared: tuple[str, ...]
+    shared: dict[str, str]
 
     def label(self, name: str) -> str:
         """The label of a name; a name that is not on the page is its own label."""
@@ -42,8 +43,8 @@ class Names:
 def page_names(names: Sequence[str]) -> Names:
     """Labels without what all names share: ``nnUNetTrainer``, the budget, the plans, the configuration.
 
-    The plain ``nnUNetTrainer`` keeps its name, and names that are not nnU-Net's stay as they are. Where two labels would
-    be equal, both are the full names.
+    The plain ``nnUNetTrainer`` keeps its name, and names that are not nnU-Net's stay as they are. Where two labels
+    would be equal, both are the full names.
     """
     nothing = dict.fromkeys(_NAME.groupindex, "")
     found = {
@@ -59,7 +60,7 @@ def page_names(names: Sequence[str]) -> Names:
     labels = {name: label if shown.count(label) == 1 else name for name, label in labels.items()}
     shared = {part: next(iter(of_all)) for part, of_all in values.items() if part not in differ}
     shared["budget"] = budget_in_words(shared.get("budget", ""))
-    return Names(labels, tuple(shared[part] for part in _NAME.groupindex if shared.get(part)))
+    return Names(labels, {part: shared[part] for part in _NAME.groupindex if shared.get(part)})
 
 
 def _label(parts: dict[str, str], wanted: set[str]) -> str:

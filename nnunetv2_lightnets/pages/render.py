@@ -1,10 +1,13 @@
-"""Templates of pages, by jinja2; each room keeps its own in its folder ``templates``."""
+"""Pages from jinja2's templates, which each room keeps in its folder ``templates``, and onto the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jinja2
+
+from nnunetv2_lightnets.files import write_atomically
 
 
 def template(
@@ -33,3 +36,19 @@ def template(
     if escape is not None:
         environment.filters["e"] = lambda value: escape(str(value))
     return environment.get_template(name)
+
+
+def write_files(folder: Path, contents: Mapping[str, str]) -> list[Path]:
+    """Write files, each whole or not at all, into a folder that is made if it is not there.
+
+    Args:
+        folder: for the files; older ones of the same names are replaced.
+        contents: text of each file, by its name.
+
+    Returns:
+        The files, in this order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in contents]

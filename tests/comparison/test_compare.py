@@ -17,11 +17,15 @@ from result_folders import TWO_LABELS, Dataset, balls, environment, folds_of, tr
 from scipy import stats
 
 from nnunetv2_lightnets import cli
-from nnunetv2_lightnets.comparison.analysis import Comparison, Difference, Settings, compare, read_subjects, verdict
+from nnunetv2_lightnets.comparison.analysis import compare
 from nnunetv2_lightnets.comparison.comparable import check_comparable
-from nnunetv2_lightnets.comparison.report import _latex, p_value, text_summary, write_report
-from nnunetv2_lightnets.comparison.results import read_results
+from nnunetv2_lightnets.comparison.figures import forest, worst_units
+from nnunetv2_lightnets.comparison.findings import Comparison, Difference, Settings
+from nnunetv2_lightnets.comparison.report import _latex, write_report
+from nnunetv2_lightnets.comparison.results import read_results, read_subjects
+from nnunetv2_lightnets.comparison.wording import lead, notes, p_value, text_summary, title, verdict
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.pages.names import page_names
 from nnunetv2_lightnets.pages.text import markdown, signed
 
 FAST = Settings(resamples=999)
@@ -169,7 +173,7 @@ def test_equal_results_do_not_differ(folders):
     d = comparison.overall().differences[0]
     assert (d.mean, d.p, d.effect, d.wins, d.ties, d.losses) == (0, 1, 0, 0, 24, 0)
     assert d.verdict == "non-inferior, no difference shown"
-    assert comparison.losses == []
+    assert comparison.worst_cases == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -186,12 +190,12 @@ def test_very_few_cases(tmp_path, n):
 def test_largest_losses(comparison, folders):
     reference, poor = dice(folders[0]), dice(folders[2])
     worst = np.argsort(poor - reference)[:3]
-    losses = [loss for loss in comparison.losses if loss.result.startswith("nnUNetTrainerULite")]
-    assert [loss.case for loss in losses] == [f"case_{i:02d}" for i in worst]
-    assert losses[0].case == "case_06"
-    assert losses[0].fold == "0"
-    assert losses[0].difference == pytest.approx(poor[6] - reference[6])
-    assert losses[0].values["anterior"] == (pytest.approx(dice(folders[0], "1")[6]), 0)
+    worst_cases = [w for w in comparison.worst_cases if w.result.startswith("nnUNetTrainerULite")]
+    assert [w.case for w in worst_cases] == [f"case_{i:02d}" for i in worst]
+    assert worst_cases[0].case == "case_06"
+    assert worst_cases[0].fold == "0"
+    assert worst_cases[0].difference == pytest.approx(poor[6] - reference[6])
+    assert worst_cases[0].values["anterior"] == (pytest.approx(dice(folders[0], "1")[6]), 0)
 
 
 def test_notes_tell_what_to_beware_of(comparison, folders):
@@ -284,6 +288,10 @@ def test_scans_of_one_subject_are_averaged_first(folders, tmp_path):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     with pytest.raises(LightNetsError, match="columns case and subject"):
         read_subjects(tmp_path / "bad.csv")
+    (tmp_path / "bad.json").write_text('["case_00"]')
+    for name in ("bad.json", "missing.json", "missing.csv"):
+        with pytest.raises(LightNetsError, match=f"{name} .*columns case and subject, or a JSON object"):
+            read_subjects(tmp_path / name)
     with pytest.raises(LightNetsError, match="no subject for case_23"):
         compare(read_results(folders), FAST, subjects={c: s for c, s in subjects.items() if c != "case_23"})
 
@@ -331,7 +339,7 @@ def test_the_page_holds_everything_and_loads_nothing(comparison, report):
     assert not re.search(r"url\((?!#)", text)
     # A difference and a score against every reference and result, and a picture for every loss.
     assert page.tags.count("svg") == 4
-    assert page.tags.count("img") == len(comparison.losses) == 6
+    assert page.tags.count("img") == len(comparison.worst_cases) == 6
     seen = " ".join(page.text)
     for table in comparison.tables:
         for d in table.differences:
@@ -339,6 +347,64 @@ def test_the_page_holds_everything_and_loads_nothing(comparison, report):
             assert d.verdict in seen
     for words in ("Hesterberg", "Wilcoxon", "24, the same for all results, from 3 folds", "nnunetv2_lightnets"):
         assert words in seen
+
+
+def test_a_page_of_six_trainers_says_once_what_their_names_share(tmp_path):
+    """Recorded results: the plain trainer and five others, all of the same budget."""
+    recorded = Path(__file__).parents[2] / "benchmarks" / "results" / "accuracy" / "Dataset504_Hippocampus"
+    results = read_results(sorted(str(path) for path in recorded.glob("nnUNetTrainer*")))
+    results.sort(key=lambda result: len(result.name))
+    names = [result.name for result in results]
+    assert len(names) == 6
+    write_report(compare(results, FAST, worst=1), tmp_path)
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "<h1>5 results against nnUNetTrainer on Dataset504_Hippocampus</h1>" in text
+    assert text.count("4 epochs of 250 iterations") == 1
+    labels = ["nnUNetTrainer", "SlimUNet", "LightMUNetS", "LightMUNetSNoScan", "ULite", "UltraLightUNet"]
+    for label in labels:  # in the tables of three structures, ranks and results, and in a chart of all
+        assert sum(piece == label for piece in page.text) >= 6
+    assert "…" not in text
+    for name in names:  # in the table of results, as name and as folder
+        assert text.count(name) == 2
+    for file, column in (("compare.csv", "result"), ("compare_cases.csv", None)):
+        with open(tmp_path / file, newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert set(names) <= ({row[column] for row in rows} if column else set(rows[0]))
+    assert [r["name"] for r in json.loads((tmp_path / "compare.json").read_text())["results"]] == names
+    markdown_, tex = ((tmp_path / f"compare.{end}").read_text(encoding="utf-8") for end in ("md", "tex"))
+    assert markdown_.startswith("# 5 results against nnUNetTrainer on Dataset504\\_Hippocampus\n")
+    for name in names:
+        assert f"| {markdown(name)} |" in markdown_
+        assert f"{_latex(name)} &" in tex
+
+
+def test_titles_and_leads(comparison, folders):
+    names = page_names(comparison.names)
+    assert title(comparison, names) == "LightMUNetS and ULite_100epochs against nnUNetTrainer on Dataset001_Balls"
+    assert lead(comparison, names) == ("Dice, foreground mean. 24 cases. Non-inferiority margin 0.01, set beforehand.")
+    equal = compare(read_results(folders[:2]), FAST)
+    assert "All results: 1000 epochs x 250 iterations, batch 2." in lead(equal, page_names(equal.names))
+    assert any(note.startswith("Unequal training budgets: nnUNetTrainer: ") for note in comparison.notes)
+    assert any("; ULite_100epochs: 100 epochs" in note for note in notes(comparison, names.label))
+
+
+def test_far_differences_are_arrows(comparison):
+    """Without them, the interval that decides about the margin would be a dot."""
+    labels = {name: name for name in comparison.names}
+    near = forest([comparison.overall()], labels, 0.05).axes[0]
+    assert near.get_xlim()[0] < comparison.overall().differences[1].interval.low
+    far = forest([comparison.overall()], labels, 0.001).axes[0]
+    assert -0.02 < far.get_xlim()[0] < -0.008
+    assert signed(comparison.overall().differences[1].mean, 2) in [text.get_text() for text in far.texts]
+
+
+def test_worst_cases_of_a_chart(comparison):
+    table = comparison.overall()
+    losses = table.values[:, 2] - table.values[:, 0]
+    assert table.units[worst_units(table, 2)[0]] == "case_06"
+    assert worst_units(table, 2) == np.argsort(losses)[:3].tolist()
+    assert worst_units(table, 0) == []
 
 
 def test_a_hostile_name_stays_text(folders, tmp_path):

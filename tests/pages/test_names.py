@@ -12,7 +12,7 @@ SIX = ["LightMUNetSNoScan", "LightMUNetS", "SlimUNet", "ULite", "UltraLightUNet"
 def test_what_all_names_share_is_left_out_and_said_once():
     names = page_names([f"nnUNetTrainer{name}_4epochs_250iters" for name in ["", *SIX]])
     assert list(names.labels.values()) == ["nnUNetTrainer", *SIX]
-    assert names.shared == ("4 epochs of 250 iterations",)
+    assert names.shared == {"budget": "4 epochs of 250 iterations"}
     assert names.label("nnUNetTrainerULite_4epochs_250iters") == "ULite"
     assert names.label("something else") == "something else"
 
@@ -56,7 +56,7 @@ def test_labels(names, labels, shared):
     found = page_names(names)
     assert list(found.labels) == names
     assert list(found.labels.values()) == labels
-    assert found.shared == shared
+    assert tuple(found.shared.values()) == shared
 
 
 def test_budgets_in_words():
