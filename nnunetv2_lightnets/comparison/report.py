@@ -118,7 +118,9 @@ def _charts(comparison: Comparison, names: Names, metric: str) -> list[list[tupl
     ]
     of_each = []
     for j, name in enumerate(comparison.names[1:], start=1):
-        worst = ", ".join(f"{k}\N{NO-BREAK SPACE}{overall.units[i]}" for k, i in enumerate(figures.worst_units(overall, j), start=1))
+        worst = ", ".join(
+            f"{k}\N{NO-BREAK SPACE}{overall.units[i]}" for k, i in enumerate(figures.worst_units(overall, j), start=1)
+        )
         caption = f"{names.label(name)} against {reference}, {one} by {one}; points below the line are losses."
         caption += f" Largest: {worst}." if worst else ""
         of_each.append((figures.case_against_case(overall, j, labels), caption))

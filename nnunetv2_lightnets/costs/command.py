@@ -1,4 +1,4 @@
-"""``nnUNetv2_lightnets benchmark``: what networks truly cost on this machine, beside what their papers say."""
+"""``nnUNetv2_lightnets benchmark``: what networks cost on this machine, beside what their papers say."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_lightnets.costs.arguments import add_patch_arguments, check_patch, check_positive
 from nnunetv2_lightnets.costs.trainers import BASELINE, find_trainer_class, fitting_trainers
 from nnunetv2_lightnets.costs.worker import Job
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.files import last_line, write_atomically
+from nnunetv2_lightnets.files import last_line, read_json, write_atomically
 from nnunetv2_lightnets.nnunet.plans import PLANS, Setting, dataset_setting, patch_setting
 
 RESULTS = "benchmark.json"
@@ -34,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ... of the data set")
     what.add_argument("-p", nargs="+", default=[PLANS], metavar="PLANS",
                       help=f"plans (default: {PLANS}); further ones are for {BASELINE} alone")  # fmt: skip
-    what.add_argument("--patch", type=int, nargs="+", metavar="N", help="patch size in voxels, 2 or 3 numbers")
-    what.add_argument("--channels", type=int, default=1, help="input channels of --patch (default 1)")
-    what.add_argument("--classes", type=int, default=2, help="classes of --patch, background included (default 2)")
+    add_patch_arguments(what, "instead of -d")
     parser.add_argument("-tr", nargs="+", metavar="TRAINER", help=f"trainers (default: {BASELINE} and all that fit)")
     parser.add_argument("-o", type=Path, default=Path("benchmark"), metavar="FOLDER", help="(default: ./benchmark)")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda where there is one")
@@ -88,13 +87,9 @@ def _check(args: argparse.Namespace) -> None:
         raise LightNetsError("give either a data set (-d ID -c CONFIGURATION) or a patch (--patch N N N)")
     if args.d is not None and args.c is None:
         raise LightNetsError(f"-d {args.d} needs a configuration, for instance -c 3d_fullres")
-    if args.patch is not None and (len(args.patch) not in (2, 3) or min(args.patch) < 8):
-        raise LightNetsError(f"--patch takes 2 or 3 numbers of at least 8 voxels, got {' '.join(map(str, args.patch))}")
-    numbers = {"--channels": args.channels, "--classes": args.classes, "--batch-size": args.batch_size}
-    numbers |= {"--threads": args.threads, "--volume": None if args.volume is None else min(args.volume)}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise LightNetsError(f"{name} must be at least 1, got {value}")
+    check_patch(args)
+    smallest = None if args.volume is None else min(args.volume)
+    check_positive({"--batch-size": args.batch_size, "--threads": args.threads, "--volume": smallest})
     if not 0 < args.seconds < float("inf"):
         raise LightNetsError(f"--seconds must be above 0, got {args.seconds:g}")
 
@@ -151,10 +146,10 @@ def _start(file: Path, args: argparse.Namespace, setting: Setting) -> dict[str, 
     }
     if not file.exists():
         return {"settings": settings, "machine": None, "rows": []}
+    before = read_json(file, "this is no benchmark, choose another folder with -o")
     try:
-        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         others = [f"{k} {before['settings'][k]}" for k, v in settings.items() if before["settings"][k] != v]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise LightNetsError(f"{file} is no benchmark; choose another folder with -o") from error
     if others:
         raise LightNetsError(f"{file} is a benchmark of other settings ({', '.join(others)}); choose another -o")
@@ -203,8 +198,12 @@ def measure_in_process(job: Job, log: Path) -> dict[str, Any]:
             row: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return row
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        number = -done.returncode
+        known = number in {known.value for known in signal.Signals}
+        name = signal.Signals(number).name if known else f"signal {number}"
         memory = ", for lack of memory perhaps" if name == "SIGKILL" else ""
         return {"error": f"ended by {name}{memory}"}
+    if done.returncode == 0:
+        return {"error": "the process ended without a result"}
     error = last_line(log.read_text(encoding="utf-8", errors="replace"))  # at the end of a traceback
     return {"error": error.removeprefix("nnunetv2_lightnets.errors.LightNetsError: ")}

@@ -61,7 +61,7 @@ def pareto(
             xytext=(1.06, at),
             textcoords="axes fraction",
             va="center",
-            fontsize=7.5,
+            fontsize=8,
             weight="bold" if i in front else "normal",
             arrowprops={
                 "arrowstyle": "-", "color": "#b5b5b5", "lw": 0.6, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)

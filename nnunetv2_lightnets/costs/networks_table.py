@@ -1,10 +1,11 @@
-"""``nnUNetv2_lightnets networks``: every trainer with its network and what that truly costs."""
+"""``nnUNetv2_lightnets networks``: every trainer with its network and what that costs by count."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
 
+from nnunetv2_lightnets.costs.arguments import add_patch_arguments, check_patch
 from nnunetv2_lightnets.costs.trainers import fitting_trainers, trainer_costs
 from nnunetv2_lightnets.errors import LightNetsError
 
@@ -13,26 +14,12 @@ DEFAULT_PATCH = {2: [512, 512], 3: [128, 128, 128]}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments in nnU-Net's style."""
-    parser.add_argument(
-        "--patch",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="patch size in voxels, 2 or 3 numbers (default: both usual ones)",
-    )
-    parser.add_argument("--channels", type=int, default=1, help="input channels (default 1)")
-    parser.add_argument("--classes", type=int, default=2, help="output classes, background included (default 2)")
+    add_patch_arguments(parser, "default: both usual ones")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
-    if args.patch is not None and len(args.patch) not in (2, 3):
-        raise LightNetsError(f"--patch takes 2 or 3 numbers, got {len(args.patch)}")
-    if args.patch is not None and min(args.patch) < 8:
-        raise LightNetsError(f"--patch takes numbers of at least 8 voxels, got {' '.join(map(str, args.patch))}")
-    for name in ("channels", "classes"):
-        if getattr(args, name) < 1:
-            raise LightNetsError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_patch(args)
     patches = [args.patch] if args.patch else list(DEFAULT_PATCH.values())
     for patch in patches:
         for line in table(patch, args.channels, args.classes):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,8 +9,12 @@ from typing import Any
 
 from nnunetv2_lightnets.costs import figures
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import read_json
+from nnunetv2_lightnets.nnunet.trainer_names import BUDGET
 from nnunetv2_lightnets.pages.figures import svg
-from nnunetv2_lightnets.pages.render import template
+from nnunetv2_lightnets.pages.names import Names, page_names
+from nnunetv2_lightnets.pages.render import template, write_files
+from nnunetv2_lightnets.pages.tables import csv_text
 from nnunetv2_lightnets.pages.text import NOTHING, markdown, number
 
 Row = dict[str, Any]
@@ -24,25 +26,20 @@ def write_benchmark(benchmark: dict[str, Any], folder: Path, scores: Mapping[str
 
     Args:
         benchmark: settings, machine and rows, as in benchmark.json.
-        folder: an existing folder.
+        folder: made if it is not there.
         scores: Dice by the name of a row or of its trainer, see :func:`read_scores`.
 
     Returns:
         The files, the page first.
     """
-    charts = _charts(benchmark["rows"], scores)
+    names = page_names([row["name"] for row in benchmark["rows"]])
+    charts = _charts(benchmark["rows"], scores, names)
     contents = {
-        "benchmark.html": _render("benchmark.html.jinja", benchmark, None, charts=charts),
-        "benchmark.md": _render("benchmark.md.jinja", benchmark, markdown),
+        "benchmark.html": _render("benchmark.html.jinja", benchmark, names, None, charts=charts),
+        "benchmark.md": _render("benchmark.md.jinja", benchmark, names, markdown),
+        "benchmark.csv": csv_text([_flat(row, scores) for row in benchmark["rows"]], list(_flat({}, {}))),
     }
-    for name, content in contents.items():
-        (folder / name).write_text(content, encoding="utf-8", newline="\n")
-    with open(folder / "benchmark.csv", "w", encoding="utf-8", newline="") as file:
-        rows = [_flat(row, scores) for row in benchmark["rows"]]
-        writer = csv.DictWriter(file, list(_flat({}, {})), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return [folder / name for name in (*contents, "benchmark.csv")]
+    return write_files(folder, contents)
 
 
 def read_scores(file: Path) -> dict[str, float]:
@@ -51,8 +48,8 @@ def read_scores(file: Path) -> dict[str, float]:
     Raises:
         LightNetsError: the file is no compare.json.
     """
+    content = read_json(file, "give --dice the compare.json of nnUNetv2_lightnets compare")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         table = content["tables"][0]
         scores = {result["result"]: float(result["mean"]) for result in table["results"]}
         for result in content["results"]:
@@ -68,7 +65,7 @@ def score_of(row: Row, scores: Mapping[str, float]) -> float | None:
     """The score of a row; a trainer's score also counts where it was trained with a budget suffix."""
     for name, score in scores.items():
         if name in (row.get("name"), row.get("trainer")) or re.fullmatch(
-            rf"{re.escape(str(row.get('name')))}(_\d+(epochs|iters))+", name
+            rf"{re.escape(str(row.get('name')))}(?:{BUDGET.pattern})+", name
         ):
             return score
     return None
@@ -121,17 +118,25 @@ def described(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _render(name: str, benchmark: dict[str, Any], escape: Callable[[str], str] | None, **more: Any) -> str:
+def _render(
+    name: str, benchmark: dict[str, Any], names: Names, escape: Callable[[str], str] | None, **more: Any
+) -> str:
     filters = (seconds, spread, megabytes, millions, giga, described, number)
     machine = dict(benchmark["machine"] or {})
     for key in ("memory", "GPU memory"):
         if machine.get(key):
             machine[key] = f"{machine[key] / 1e9:.0f} GB"
-    by_name = {function.__name__: function for function in filters}
+    by_name: dict[str, Callable[..., str]] = {function.__name__: function for function in filters}
+    by_name["label"] = names.label
+    measured = [row for row in benchmark["rows"] if "error" not in row]
+    timings = [row[what] for row in measured for what in ("inference", "training", "volume") if row.get(what)]
     return template("nnunetv2_lightnets.costs", name, by_name, escape).render(
-        rows=[row for row in benchmark["rows"] if "error" not in row],
+        rows=measured,
+        memory_since=next((timing["memory_since"] for timing in timings if "memory_since" in timing), None),
+        shared=", ".join(names.shared.values()),
         failed=[row for row in benchmark["rows"] if "error" in row],
         claims=[claim for row in benchmark["rows"] for claim in row.get("claims", ())],
+        every=benchmark["rows"],
         settings=benchmark["settings"],
         machine=machine,
         **more,
@@ -181,9 +186,9 @@ def _flat(row: Row, scores: Mapping[str, float]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ charts
 
 
-def _charts(rows: list[Row], scores: Mapping[str, float]) -> list[tuple[str, str]]:
+def _charts(rows: list[Row], scores: Mapping[str, float], names: Names) -> list[tuple[str, str]]:
     """Seconds, and scores where there are any, against every cost, as (svg, caption)."""
-    measured = [row for row in rows if "error" not in row]
+    measured, labels = [row for row in rows if "error" not in row], names.for_charts()
     costs: list[tuple[str, Callable[[Row], float]]] = [
         ("GMAC of one patch", lambda row: row["macs"] / 1e9),
         ("million parameters", lambda row: row["parameters"] / 1e6),
@@ -201,7 +206,7 @@ def _charts(rows: list[Row], scores: Mapping[str, float]) -> list[tuple[str, str
                 continue
             caption = f"{goal[0].upper()}{goal[1:]} against {cost}. Filled: no other network is better in both."
             figure = figures.pareto(
-                [row["name"] for row in points],
+                [labels[row["name"]] for row in points],
                 [amount(row) for row in points],
                 [value(row) for row in points],
                 cost,

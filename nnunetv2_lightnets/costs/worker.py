@@ -5,13 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import gc
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -20,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_lightnets.costs.machine import machine
+from nnunetv2_lightnets.costs.memory import Memory
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.files import write_atomically
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 
@@ -76,7 +74,7 @@ def main() -> int:
     job = Job.read(Path(sys.argv[1]))
     with temporary_folders() as folder:
         row = measure(job, folder)
-    Path(sys.argv[2]).write_text(json.dumps(row), encoding="utf-8")
+    write_atomically(sys.argv[2], json.dumps(row))
     return 0
 
 
@@ -115,12 +113,12 @@ def measure_prediction(trainer_class: type[Any], job: Job, device: Any) -> dict[
     memory.start()
     with torch.inference_mode(), autocast(device):
         inference = timed(lambda: predicting.network(patch), job.seconds, device)
-    measured = {"inference": inference | {"memory": memory.peak()}}
+    measured = {"inference": inference | memory.measured()}
     if job.volume is not None:
         image = torch.randn(patch.shape[1], *job.volume)
         memory.start()
         volume = timed(lambda: predicting.predict_sliding_window_return_logits(image), job.seconds, device)
-        measured["volume"] = volume | {"memory": memory.peak(), "voxels": image[0].numel()}
+        measured["volume"] = volume | memory.measured() | {"voxels": image[0].numel()}
     return measured
 
 
@@ -135,7 +133,7 @@ def measure_training(trainer_class: type[Any], job: Job, folder: Path, device: A
     trainer.network.train()
     memory.start()
     training = timed(lambda: trainer.train_step(batch), job.seconds, device)
-    training |= {"memory": memory.peak(), "batch_size": job.batch_size}
+    training |= memory.measured() | {"batch_size": job.batch_size}
     network = getattr(trainer.network, "_orig_mod", trainer.network)
     trainer.set_deep_supervision_enabled(False)
     return {
@@ -201,56 +199,6 @@ def synchronize(device: Any) -> None:
         torch.mps.synchronize()
 
 
-class Memory:
-    """Peak memory: of the GPU's allocator, or of this process beyond what it held when this object was made."""
-
-    def __init__(self, device: Any) -> None:
-        self.cuda = device.type == "cuda"
-        _release_unused()
-        self.before = 0 if self.cuda else _resident("VmRSS")
-
-    def start(self) -> None:
-        """Forget earlier peaks."""
-        _release_unused()
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        elif _STATUS.exists():
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-
-    def peak(self) -> int:
-        """Bytes at most since ``start``; where the system has no way to reset, since the process began."""
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize()
-            return int(torch.cuda.max_memory_allocated())
-        return max(_resident("VmHWM") - self.before, 0)
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def _release_unused() -> None:
-    """Give what nothing uses back to the system, or it counts as held before, and what reuses it does not count."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    """Bytes that this process holds (``VmRSS``) or held at most (``VmHWM``)."""
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
-
-
 def check_claim(trainer_class: type[Any], claim: dict[str, Any]) -> dict[str, Any]:
     """A published number, and ours for the same input."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -267,47 +215,6 @@ def check_claim(trainer_class: type[Any], claim: dict[str, Any]) -> dict[str, An
     if claim["quantity"] == "parameters":
         return claim | {"ours": count_parameters(network)}
     return claim | {"ours": count_macs(network, claim["channels"], setting.patch)}
-
-
-def machine(device: Any) -> dict[str, Any]:
-    """What the numbers were measured with."""
-    import torch
-
-    from nnunetv2_lightnets import __version__
-    from nnunetv2_lightnets.ops import available_backends
-
-    described = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory": _total_memory(),
-        "system": platform.platform(terse=True),
-        "device": device.type,
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
-        "nnunetv2_lightnets": __version__,
-        "scan backends": [name for name, reason in available_backends().items() if reason is None],
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        described |= {"GPU": properties.name, "GPU memory": properties.total_memory, "CUDA": torch.version.cuda}
-    return described
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    if file.exists():
-        for line in file.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _total_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 if __name__ == "__main__":

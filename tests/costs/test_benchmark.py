@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from nnunetv2_lightnets.costs import command, figures, networks_table, worker
+from nnunetv2_lightnets.costs.memory import Memory
 from nnunetv2_lightnets.costs.report import megabytes, read_scores, score_of, seconds, spread
-from nnunetv2_lightnets.costs.worker import Job, Memory, timed
+from nnunetv2_lightnets.costs.worker import Job, timed
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.nnunet.plans import dataset_setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch
@@ -174,7 +175,7 @@ def test_timing_warms_up_first():
     assert timed(lambda: time.sleep(0.03), 0.001, torch.device("cpu"))["runs"] == 1
 
 
-@pytest.mark.skipif(not worker._STATUS.exists(), reason="peaks cannot be reset here")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks cannot be reset here")
 def test_memory_is_what_was_needed_at_most():
     memory = Memory(torch.device("cpu"))
     memory.start()
@@ -183,6 +184,28 @@ def test_memory_is_what_was_needed_at_most():
     assert 190e6 < memory.peak() < 260e6
     memory.start()
     assert memory.peak() < 60e6
+
+
+def test_a_peak_that_cannot_be_restarted_is_told(monkeypatch):
+    """In containers, /proc may be read-only."""
+    write_text = Path.write_text
+
+    def read_only(file: Path, *text: str, **how: Any) -> int:
+        if file.name == "clear_refs":
+            raise PermissionError(13, "Permission denied", str(file))
+        return write_text(file, *text, **how)
+
+    memory = Memory(torch.device("cpu"))
+    memory.start()
+    assert set(memory.measured()) == {"memory"} or not Path("/proc/self/clear_refs").exists()
+    monkeypatch.setattr(Path, "write_text", read_only)
+    block = torch.ones(50_000_000)  # 200 MB, of an earlier measurement
+    del block
+    memory.start()
+    measured = memory.measured()
+    assert measured.pop("memory_since") == "the process began"
+    assert measured == {"memory": memory.peak()}
+    assert memory.peak() > 190e6
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this system's memory cannot be given back")
@@ -303,10 +326,15 @@ def test_a_process_that_fails_says_why(tmp_path, monkeypatch):
 
     python("echo Traceback; echo 'RuntimeError: too large'; exit 1")
     assert command.measure_in_process(job, tmp_path / "logs" / "x.log") == {"error": "RuntimeError: too large"}
-    python("kill -9 $$")
-    assert command.measure_in_process(job, tmp_path / "x.log") == {
-        "error": "ended by SIGKILL, for lack of memory perhaps"
-    }
+    for number, reason in (
+        (9, "ended by SIGKILL, for lack of memory perhaps"),
+        (15, "ended by SIGTERM"),
+        (40, "ended by signal 40"),  # one of those that have no name
+    ):
+        python(f"kill -{number} $$")
+        assert command.measure_in_process(job, tmp_path / "x.log") == {"error": reason}
+    python("exit 0")
+    assert command.measure_in_process(job, tmp_path / "x.log") == {"error": "the process ended without a result"}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -343,6 +371,31 @@ def test_the_report_holds_every_row_and_claim(measured, tmp_path, monkeypatch):
     (tmp_path / "compare.json").write_text("{}")
     with pytest.raises(LightNetsError, match=r"is no compare\.json"):
         read_scores(tmp_path / "compare.json")
+
+
+def test_the_page_names_networks_by_what_tells_them_apart(preprocessed, measured, tmp_path):
+    (preprocessed / "nnUNetResEncUNetMPlans.json").write_text((preprocessed / "nnUNetPlans.json").read_text())
+    plans = ["-p", "nnUNetPlans", "nnUNetResEncUNetMPlans"]
+    trainers = ["nnUNetTrainer", "nnUNetTrainerULite", "nnUNetTrainerLightMUNetT"]
+    command.run(arguments("-d", "7", "-c", "3d_fullres", *plans, "-tr", *trainers, "-o", str(tmp_path / "out")))
+    page = (tmp_path / "out" / "benchmark.html").read_text(encoding="utf-8")
+    for label in ("nnUNetTrainer", "ULite", "LightMUNetT", "nnUNetTrainer ResEncUNetM"):
+        assert page.count(f'data-label="Network of">{label}</td>') == 2  # among the figures, or failed; among trainers
+    for name in (*trainers[1:], "nnUNetTrainer__nnUNetResEncUNetMPlans"):
+        assert page.count(name) == 1
+    with open(tmp_path / "out" / "benchmark.csv", newline="") as file:
+        names = [r["name"] for r in csv.DictReader(file)]
+    assert names == [*trainers, "nnUNetTrainer__nnUNetResEncUNetMPlans"]
+
+
+def test_the_page_says_where_peaks_could_not_be_restarted(tmp_path, monkeypatch):
+    timing = {"median": 0.1, "quartiles": [0.1, 0.1], "runs": 3, "memory": 5e7, "memory_since": "the process began"}
+    for more, times in (({}, 0), ({"training": timing | {"batch_size": 2}}, 1)):
+        monkeypatch.setattr(command, "measure_in_process", lambda job, log, more=more: row(**more))
+        out = tmp_path / str(times)
+        command.run(arguments(*PATCH, *TRAINERS[:2], "-o", str(out)))
+        for file in ("benchmark.html", "benchmark.md"):
+            assert (out / file).read_text(encoding="utf-8").count("since the process began") == times
 
 
 def test_scores_of_budgeted_trainings_count():
