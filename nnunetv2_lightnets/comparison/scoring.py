@@ -148,7 +148,7 @@ def add_nsd(results: Sequence[Result], tolerance: float, labels: Path | None, pr
     try:
         import monai.metrics  # noqa: F401
     except ImportError as error:
-        raise LightNetsError(f"--nsd needs MONAI ({error}); pip install 'nnunetv2-lightnets[baselines]'") from error
+        raise LightNetsError(f"--nsd needs MONAI ({error}); pip install monai") from error
     cases = [(result, case) for result in results for case in result.cases.values()]
     jobs = []
     for result, case in cases:

@@ -53,12 +53,14 @@ def page_names(names: Sequence[str]) -> Names:
     }
     values = {part: {parts[part] for parts in found.values()} for part in _NAME.groupindex}
     differ = {part for part, of_all in values.items() if len(of_all) > 1}
+    if len(values["configuration"] - {""}) == 1:  # a name without one says nothing about it
+        differ.discard("configuration")
     if "" in {_label(parts, differ) for parts in found.values()}:
         differ.add("trainer")
     labels = {name: _label(parts, differ) for name, parts in found.items()}
     shown = list(labels.values())
     labels = {name: label if shown.count(label) == 1 else name for name, label in labels.items()}
-    shared = {part: next(iter(of_all)) for part, of_all in values.items() if part not in differ}
+    shared = {part: next(iter(of_all)) for part, of_all in values.items() if len(of_all) == 1 and part not in differ}
     shared["budget"] = budget_in_words(shared.get("budget", ""))
     return Names(labels, {part: shared[part] for part in _NAME.groupindex if shared.get(part)})
 

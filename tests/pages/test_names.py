@@ -46,6 +46,12 @@ def test_what_all_names_share_is_left_out_and_said_once():
             ["nnUNetTrainer", "ULite", "nnUNetTrainer ResEncUNetM"],
             (),
         ),
+        # compare writes plans and configuration only where they tell results apart.
+        (
+            ["nnUNetTrainerULite", *(f"nnUNetTrainer__nnUNet{plans}Plans__2d" for plans in ("", "ResEncUNetM"))],
+            ["ULite", "nnUNetTrainer nnUNetPlans", "nnUNetTrainer ResEncUNetM"],
+            (),
+        ),
         # Names that the user gave.
         (["a_5epochs", "b_5epochs"], ["a_5epochs", "b_5epochs"], ()),
         (["_a", "nnUNetTrainerULite_5epochs"], ["_a", "ULite_5epochs"], ()),
