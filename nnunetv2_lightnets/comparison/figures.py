@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from nnunetv2_lightnets.comparison.findings import Difference, Table
+from nnunetv2_lightnets.comparison.statistics import Interval
 from nnunetv2_lightnets.pages.figures import GREY, HALO, WIDTH, axes_of, series
 from nnunetv2_lightnets.pages.text import signed
 
 _MANY_POINTS = 1500  # more of them make an SVG heavy
+_BESIDE = ((8, 0), (-2, -9), (2, 9))  # points from a circle to its number, apart also where circles coincide
 _MARGINS_SHOWN = 8  # either side of 0, in a chart whose largest difference is more than twice as far
 
 
@@ -81,11 +83,14 @@ def _shown(tables: Sequence[Table], margin: float) -> tuple[float, float]:
 
 
 def _difference(axes: Axes, difference: Difference, index: int, y: float, low: float, high: float) -> None:
-    """One row: the mean with its interval, or an arrow and a number where the mean is beyond the axis."""
+    """One row: the mean with its interval. An arrow stands for what is beyond the axis, a number for such a mean."""
     colour, marker = series(index)
+    interval = difference.interval or Interval(difference.mean, difference.mean)
+    for end, outside, arrow in ((low, interval.low < low, "<"), (high, interval.high > high, ">")):
+        if outside:
+            axes.plot(end, y, arrow, color=colour, ms=5.5)
     if not low <= difference.mean <= high:
         left = difference.mean < low
-        axes.plot(low if left else high, y, "<" if left else ">", color=colour, ms=5.5)
         axes.annotate(
             signed(difference.mean, 2),
             (low if left else high, y),
@@ -96,9 +101,7 @@ def _difference(axes: Axes, difference: Difference, index: int, y: float, low: f
             fontsize=8,
         )
         return
-    if difference.interval is not None:
-        ends = np.clip([difference.interval.low, difference.interval.high], low, high)
-        axes.plot(ends, [y, y], color=colour, lw=1.8)
+    axes.plot(np.clip([interval.low, interval.high], low, high), [y, y], color=colour, lw=1.8)
     axes.plot(difference.mean, y, marker, color=colour, ms=5.5)
 
 
@@ -150,12 +153,12 @@ def case_against_case(table: Table, index: int, labels: Mapping[str, str]) -> Fi
     axes.plot([low, high], [low, high], color="black", lw=0.9, zorder=0.9)
     colour, marker = series(index)
     axes.plot(x, y, marker, color=colour, ms=4, alpha=0.55, mew=0, rasterized=len(x) > _MANY_POINTS)
-    for place, i in enumerate(worst_units(table, index), start=1):
+    for place, (i, offset) in enumerate(zip(worst_units(table, index), _BESIDE, strict=False), start=1):
         axes.plot(x[i], y[i], "o", ms=9, mfc="none", mec=GREY, mew=0.9)
         axes.annotate(
             str(place),
             (x[i], y[i]),
-            xytext=(6, -6),
+            xytext=offset,
             textcoords="offset points",
             ha="center",
             va="center",

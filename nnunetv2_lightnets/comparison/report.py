@@ -122,6 +122,6 @@ def _charts(comparison: Comparison, names: Names, metric: str) -> list[list[tupl
             f"{k}\N{NO-BREAK SPACE}{overall.units[i]}" for k, i in enumerate(figures.worst_units(overall, j), start=1)
         )
         caption = f"{names.label(name)} against {reference}, {one} by {one}; points below the line are losses."
-        caption += f" Largest: {worst}." if worst else ""
+        caption += f" Largest losses: {worst}." if worst else ""
         of_each.append((figures.case_against_case(overall, j, labels), caption))
     return [[(svg(figure, caption), caption) for figure, caption in group] for group in (of_all, of_each)]

@@ -397,6 +397,10 @@ def test_far_differences_are_arrows(comparison):
     far = forest([comparison.overall()], labels, 0.001).axes[0]
     assert -0.02 < far.get_xlim()[0] < -0.008
     assert signed(comparison.overall().differences[1].mean, 2) in [text.get_text() for text in far.texts]
+    arrows = [(line.get_marker(), *line.get_ydata()) for line in far.lines if line.get_marker() in ("<", ">")]
+    beyond = [d.interval.low < -0.008 for d in comparison.overall().differences]
+    assert beyond[1]
+    assert arrows == [("<", y) for y, is_beyond in enumerate(beyond, start=1) if is_beyond]
 
 
 def test_worst_cases_of_a_chart(comparison):
