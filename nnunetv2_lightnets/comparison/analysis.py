@@ -55,17 +55,12 @@ def compare(
                 "every reference segmentation is empty, so there is nothing to compare; --empty one counts empty "
                 "predictions as correct"
             )
-        alone = len(titles) == 1
-        title = next(iter(titles.values())) if alone else "foreground mean"
-        family = [_table(metric, title, None, cases, overall, subjects)]
-        _fill(family, names, settings)
-        tables += family
-        if not alone:
-            family = [
-                _table(metric, titles[s], s, cases, v, subjects)
-                for s, v in values.items()
-                if not np.isnan(v).all()  # a structure that no reference has
-            ]
+        title = "foreground mean" if len(titles) > 1 else next(iter(titles.values()))
+        families = [[_table(metric, title, None, cases, overall, subjects)]]
+        if len(titles) > 1:
+            there = {s: v for s, v in values.items() if not np.isnan(v).all()}  # in some reference segmentation
+            families.append([_table(metric, titles[s], s, cases, v, subjects) for s, v in there.items()])
+        for family in families:
             _fill(family, names, settings)
             tables += family
     comparison = Comparison(
@@ -142,36 +137,12 @@ def _fill(family: Sequence[Table], names: Sequence[str], settings: Settings) -> 
         mean_ranks = statistics.ranks(table.values).mean(axis=0)
         first = statistics.first_place(table.values, **resampling)
         for j, name in enumerate(names):
-            column = table.values[:, j]
-            table.scores.append(
-                Score(
-                    name,
-                    float(column.mean()),
-                    statistics.mean_interval(column, **resampling),
-                    float(column.std(ddof=1)) if len(column) > 1 else None,
-                    float(mean_ranks[j]),
-                    first[j],
-                )
-            )
-        for j, name in enumerate(names[1:], start=1):
-            change = statistics.as_values(table.values[:, j] - table.values[:, 0])
-            test = statistics.non_inferiority(change, settings.margin, level=LEVEL, **resampling)
-            table.differences.append(
-                Difference(
-                    name,
-                    float(change.mean()),
-                    statistics.mean_interval(change, **resampling),
-                    p=statistics.wilcoxon(change),
-                    p_holm=1.0,
-                    effect=statistics.rank_biserial(change),
-                    wins=int((change > 0).sum()),
-                    ties=int((change == 0).sum()),
-                    losses=int((change < 0).sum()),
-                    lower=None if test is None else max(test.lower, -1.0),  # scores lie between 0 and 1
-                    p_non_inferior=None if test is None else test.p,
-                    p_non_inferior_holm=None,
-                )
-            )
+            values = table.values[:, j]
+            interval = statistics.mean_interval(values, **resampling)
+            deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+            table.scores.append(Score(name, float(values.mean()), interval, deviation, float(mean_ranks[j]), first[j]))
+            if j > 0:
+                table.differences.append(_difference(name, values - table.values[:, 0], settings))
     differences = [d for table in family for d in table.differences]
     for d, p in zip(differences, statistics.holm([d.p for d in differences]), strict=True):
         d.p_holm = p
@@ -180,6 +151,27 @@ def _fill(family: Sequence[Table], names: Sequence[str], settings: Settings) -> 
         d.p_non_inferior_holm = p
     for d in differences:
         d.verdict = verdict(d)
+
+
+def _difference(name: str, changes: NDArray[np.float64], settings: Settings) -> Difference:
+    """The statistics of one result's differences from the reference result, one per case; not yet corrected."""
+    resampling = {"resamples": settings.resamples, "seed": settings.seed}
+    changes = statistics.as_values(changes)
+    test = statistics.non_inferiority(changes, settings.margin, level=LEVEL, **resampling)
+    return Difference(
+        name,
+        float(changes.mean()),
+        statistics.mean_interval(changes, **resampling),
+        p=statistics.wilcoxon(changes),
+        p_holm=1.0,
+        effect=statistics.rank_biserial(changes),
+        wins=int((changes > 0).sum()),
+        ties=int((changes == 0).sum()),
+        losses=int((changes < 0).sum()),
+        lower=None if test is None else max(test.lower, -1.0),  # scores lie between 0 and 1
+        p_non_inferior=None if test is None else test.p,
+        p_non_inferior_holm=None,
+    )
 
 
 def _false_positives(results: Sequence[Result], cases: Sequence[str]) -> list[FalsePositives]:
