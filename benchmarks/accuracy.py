@@ -21,7 +21,6 @@ What is there is not done again. The tables of ``docs/accuracy.md`` are computed
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -33,22 +32,21 @@ from typing import Any
 
 import torch
 from nnunet_server import Commands
-from pages import DOCS, markdown, write_table
+from recording import RESULTS, Tables, argument_parser, machine
+from recording import table as markdown
 
 from nnunetv2_lightnets.comparison.analysis import Comparison, Settings, compare
 from nnunetv2_lightnets.comparison.comparable import check_comparable
 from nnunetv2_lightnets.comparison.results import read_results
 from nnunetv2_lightnets.comparison.statistics import Interval
 from nnunetv2_lightnets.costs.trainers import find_trainer_class, trainer_costs
-from nnunetv2_lightnets.costs.worker import machine
 from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.plans.planner import Planner
 
 PLANS = "nnUNetPlansSmall"
 MARGIN = 0.01  # decided before any training: one Dice point
-RESULTS = Path(__file__).resolve().parent / "results" / "accuracy"
-PAGE = DOCS / "accuracy.md"
-MACHINE = ("processor", "cores", "threads", "torch")
+KEPT = RESULTS / "accuracy"
+PAGE = "docs/accuracy.md"
 CONTROLLED = (
     "nnUNetTrainer",  # the reference of the comparison
     "nnUNetTrainerSlimUNet",
@@ -117,11 +115,15 @@ TWINS = ("nnUNetTrainerLightMUNetSNoScan", "nnUNetTrainerLightMUNetS")
 RUNS = (HIPPOCAMPUS, NUCLEI, *(replace(run, trainers=TWINS, recipe="nnUNetTrainer") for run in (HIPPOCAMPUS, NUCLEI)))
 
 
-def prepare(commands: Commands, raw: Path, run: Run) -> None:
-    """Plan and preprocess once, write the plans that all trainings share, keep the data set's own split."""
+def prepare(commands: Commands, raw: Path, run: Run) -> Path:
+    """Plan and preprocess once, write the plans that all trainings share, keep the data set's own split.
+
+    Returns:
+        The folder of the preprocessed data.
+    """
     folder = commands.preprocessed / run.dataset
     if (folder / f"{PLANS}.json").is_file():
-        return
+        return folder
     if not (commands.raw / run.dataset).exists():
         (commands.raw / run.dataset).symlink_to(raw / run.dataset)
     commands.must("nnUNetv2_plan_and_preprocess", "-d", run.number, "-c", run.configuration, "-np", "1")
@@ -132,6 +134,7 @@ def prepare(commands: Commands, raw: Path, run: Run) -> None:
     chosen = plans["configurations"][run.configuration]
     chosen["patch_size"], chosen["batch_size"] = list(run.patch or chosen["patch_size"]), run.batch
     (folder / f"{PLANS}.json").write_text(json.dumps(plans, indent=1))
+    return folder
 
 
 def name_network(folder: Path, run: Run, trainer: str) -> None:
@@ -179,7 +182,7 @@ def iterations(budget: str) -> int:
 
 def keep(commands: Commands, run: Run, trainer: str, fold: Path, predictions: Path, threads: int) -> None:
     """Write what is kept of a training, last of all what says that it is complete."""
-    kept = RESULTS / run.name / (trainer + run.budget)
+    kept = KEPT / run.name / (trainer + run.budget)
     kept.mkdir(parents=True, exist_ok=True)
     description = json.loads((commands.raw / run.dataset / "dataset.json").read_text())
     (kept.parent / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -201,8 +204,7 @@ def keep(commands: Commands, run: Run, trainer: str, fold: Path, predictions: Pa
         "iterations": iterations(run.budget),
         "cases trained on": len(split[0]["train"]),
     }
-    described = machine(torch.device("cpu")) | {"threads": threads}
-    facts |= {key: described[key] for key in MACHINE}
+    facts |= machine() | {"threads": threads}
     (kept / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     scores = json.loads((fold / "validation" / "summary.json").read_text())
     for case in scores["metric_per_case"]:  # where the files were is nobody's concern
@@ -260,20 +262,20 @@ def table(run: Run, folder: Path) -> list[str]:
         f"**{run.dataset}, {run.configuration}{recipe}**: {one['iterations']} iterations of {one['batch']} patches of "
         f"{'×'.join(map(str, one['patch']))}, {one['cases trained on']} cases to train on, {units} to validate on."
     )
-    return [title, "", *markdown(list(dict.fromkeys(key for row in rows for key in row)), rows)]
+    return [title, "", *markdown(rows)]
 
 
-def write_page(folder: Path) -> None:
-    """Put what is recorded on the page."""
+def tables() -> Tables:
+    """A table for each run."""
     lines: list[str] = []
     for run in RUNS:
-        lines += [*table(run, folder), ""]
-    write_table(PAGE, Path(__file__).name, lines[:-1])
+        lines += [*table(run, KEPT), ""]
+    return {PAGE: lines[:-1]}
 
 
 def main() -> None:
     """Train what is not recorded yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where nnU-Net's folders go")
     parser.add_argument("--raw", type=Path, required=True, help="nnUNet_raw with the data sets of RUNS")
     parser.add_argument("--data", nargs="+", choices=sorted({run.number for run in RUNS}), help="all by default")
@@ -290,13 +292,12 @@ def main() -> None:
         for trainer in run.trainers:
             if args.trainer and trainer not in args.trainer:
                 continue
-            if (RESULTS / run.name / (trainer + run.budget) / "summary.json").exists():
+            if (KEPT / run.name / (trainer + run.budget) / "summary.json").exists():
                 continue
             if run.recipe is not None:
                 name_network(commands.preprocessed / run.dataset, run, trainer)
             fold = train(commands, run, trainer)
             keep(commands, run, trainer, fold, predict(commands, run, trainer), args.threads)
-            write_page(RESULTS)
     commands.close()
 
 

@@ -4,8 +4,7 @@
 
 ``--volumes`` is a folder in nnU-Net's raw format with one channel and the labels 1 and 2 (made with Hippocampus of the
 Medical Segmentation Decathlon), ``--rgb`` one with RGB images. A row of ``benchmarks/results/configurations.csv`` is
-written after each cell; what has run, or was refused, is not done again. The table of ``docs/configurations.md`` is
-made of them. A cell is one of
+written after each cell; what has run, or was refused, is not done again. A cell is one of
 
 * run: all commands ended well, and left what they should;
 * refused: nnU-Net's command ended with code 2 and one line, before anything was written;
@@ -14,19 +13,18 @@ made of them. A cell is one of
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import SimpleITK as sitk
 from configuration_data import DATA_SETS, DataSet, prepare, remove_results
 from nnunet_server import Commands, Done
-from pages import DOCS, markdown, read_rows, write_table
+from recording import RESULTS, Record, Tables, argument_parser, link, read_rows
+from recording import table as markdown
 
 TRAINERS = (
     "nnUNetTrainerLightMUNetT",
@@ -36,9 +34,8 @@ TRAINERS = (
     "nnUNetTrainerSwinUMambaDScratch",
 )
 BUDGET = "_2epochs_2iters"
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "configurations.csv"
-PAGE = DOCS / "configurations.md"
+OUTCOMES = RESULTS / "configurations.csv"
+PAGE = "docs/configurations.md"
 COLUMNS = ("trainer", "cell", "outcome", "reason")
 
 
@@ -267,54 +264,53 @@ def run_cell(name: str, commands: Commands, trainer: str) -> dict[str, str]:
     return dict(zip(COLUMNS, (re.sub(r"_.*", "", trainer), name, outcome, reason), strict=True))
 
 
-def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
-    """Write the whole table, which is small."""
-    with open(file, "w", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def grouped(trainers: Sequence[str], outcomes: Mapping[tuple[str, str], str]) -> list[dict[str, str]]:
+    """A row for all configurations with the same outcomes, a column for each trainer; what nobody tried is left out."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for cell in CELLS:
+        found = tuple(outcomes.get((trainer, cell), "not tried") for trainer in trainers)
+        if set(found) != {"not tried"}:
+            groups.setdefault(found, []).append(cell)
+    return [
+        {"configurations": "; ".join(cells)}
+        | {f"`{trainer}`": one for trainer, one in zip(trainers, found, strict=True)}
+        for found, cells in groups.items()
+    ]
 
 
-def table(rows: list[dict[str, str]]) -> list[str]:
-    """Markdown: a row for each cell, a column for each family; a row for each other trainer; the reasons below."""
-    outcomes = {(row["trainer"], row["cell"]): row for row in rows}
-    reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
-
-    def mark(trainer: str, cell: str) -> str:
-        row = outcomes.get((trainer, cell))
-        if row is None:
-            return "not tried"
-        return f"{row['outcome']} ({reasons.index(row['reason']) + 1})" if row["reason"] else row["outcome"]
-
-    columns = ("configuration", *(trainer.removeprefix("nnUNetTrainer") for trainer in TRAINERS))
-    lines = markdown(
-        columns,
-        [dict(zip(columns, (cell, *(mark(trainer, cell) for trainer in TRAINERS)), strict=True)) for cell in CELLS],
-    )
-    if others := list(dict.fromkeys(row["trainer"] for row in rows if row["trainer"] not in TRAINERS)):
-        cells = [cell for cell in CELLS if any((trainer, cell) in outcomes for trainer in others)]
-        more = [{"trainer": trainer} | {cell: mark(trainer, cell) for cell in cells} for trainer in others]
-        lines += ["", *markdown(("trainer", *cells), more)]
-    return [*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))]
+def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Markdown: all configurations with the trainers of the families, and some with others, which come below."""
+    outcomes = {(row["trainer"], row["cell"]): row["outcome"] for row in rows}
+    lines = markdown(grouped(TRAINERS, outcomes))
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for trainer in dict.fromkeys(row["trainer"] for row in rows if row["trainer"] not in TRAINERS):
+        found = tuple((cell, outcomes[trainer, cell]) for cell in CELLS if (trainer, cell) in outcomes)
+        groups.setdefault(found, []).append(f"`{trainer}`")
+    more = [{"trainers": ", ".join(trainers)} | dict(found) for found, trainers in groups.items()]
+    if more:
+        lines += ["", *markdown(more)]
+    if reasons := [row["reason"] for row in rows if row["outcome"] == "refused"]:
+        lines += ["", "A refusal:", "", "```", reasons[0], "```"]
+    return lines
 
 
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page."""
-    write_table(PAGE, Path(__file__).name, table(read_rows(results)))
+def tables() -> Tables:
+    """What ran."""
+    return {PAGE: [*table(read_rows(OUTCOMES)), "", link(PAGE, OUTCOMES, "Every cell, with every reason")]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not in the table yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for nnU-Net's folders; can be deleted afterwards")
     parser.add_argument("--volumes", type=Path, required=True, help="raw data set: one channel, labels 1 and 2")
     parser.add_argument("--rgb", type=Path, help="raw data set with RGB images (PNG)")
     parser.add_argument("--trainer", nargs="+", default=TRAINERS, help="without suffix")
     parser.add_argument("--cell", nargs="+", choices=tuple(CELLS), default=tuple(CELLS), metavar="CELL")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=OUTCOMES)
     args = parser.parse_args(arguments)
-    rows = read_rows(args.out)
+    record = Record(args.out, "trainer", "cell")
     commands = Commands(args.folder.resolve(), threads=args.threads)
     kinds = [kind for kind in DATA_SETS if kind != "RGB" or args.rgb]
     if not (commands.folder / "prepared").exists():
@@ -325,13 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for cell in args.cell:
             if cell == "2d, RGB images" and args.rgb is None:
                 continue
-            if any((row["trainer"], row["cell"]) == (trainer, cell) and row["outcome"] != "failed" for row in rows):
-                continue
-            row = run_cell(cell, commands, trainer + BUDGET)
-            rows = [old for old in rows if (old["trainer"], old["cell"]) != (trainer, cell)] + [row]
-            write_rows(args.out, rows)
-            if args.out == RESULTS:
-                write_page(args.out)
+            ended = {(row["trainer"], row["cell"]) for row in record.rows if row["outcome"] != "failed"}
+            if (trainer, cell) not in ended:
+                record.put(run_cell(cell, commands, trainer + BUDGET))
         remove_results(commands, trainer)
     commands.close()
 

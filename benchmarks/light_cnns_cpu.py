@@ -2,8 +2,8 @@
 
     python benchmarks/light_cnns_cpu.py [--threads 2] [--turns 15]
 
-writes ``benchmarks/results/light_cnns_cpu.csv`` and from it the table in ``docs/ultralight_unet.md`` (``--out`` writes
-only a CSV elsewhere). One image of 3x256x256 and one volume of 1x64x64x64, and for each:
+writes ``benchmarks/results/light_cnns_cpu.csv`` (``--out`` another). How the trainers' networks compare as nnU-Net
+plans them is in trainers_cpu.py. Measured are one image of 3x256x256, one volume of 1x64x64x64, and for each:
 
 - ``PlainConvUNet``: nnU-Net's network with 6 stages (2D: 32 to 512 features, 3D: 32 to 320), and the same with its
   channels last in memory;
@@ -23,30 +23,37 @@ it on a machine that does nothing else. Every variant is checked to compute the 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import csv
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from pages import DOCS, markdown, read_rows, write_table
+from networks_cpu import BASELINE, forward, plain_conv_unet, training_step
+from recording import (
+    RESULTS,
+    Record,
+    Tables,
+    argument_parser,
+    link,
+    machine,
+    median_ratio,
+    read_rows,
+    table,
+    take_turns,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nnunetv2_lightnets import create_network
-from nnunetv2_lightnets.costs.worker import machine
 from nnunetv2_lightnets.networks import layers, prepare_for_inference, ulite, ultralight_unet
 
-BASELINE = "PlainConvUNet"
 PATCHES = {2: (3, 256, 256), 3: (1, 64, 64, 64)}
 CLASSES = 2
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,31 +71,10 @@ GOALS = {  # times PlainConvUNet, prepared
 }
 GOAL_AS_PUBLISHED = 2  # times the network as published, prepared
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-RESULTS = Path(__file__).parent / "results" / "light_cnns_cpu.csv"
-PAGE = DOCS / "ultralight_unet.md"
-MACHINE = ("processor", "cores", "threads", "system", "torch")
+MEASURED = RESULTS / "light_cnns_cpu.csv"
+PAGE = "docs/ultralight_unet.md"
+FACTS = ("processor", "cores", "threads", "system", "torch")
 LEAST_OF = 15  # repetitions of a step alone
-
-
-def plain_conv_unet(spatial_dims: int) -> nn.Module:
-    """What nnU-Net plans: two convolutions per stage, instance norm, leaky ReLU."""
-    most = 512 if spatial_dims == 2 else 320
-    return PlainConvUNet(
-        PATCHES[spatial_dims][0],
-        6,
-        [min(32 * 2**stage, most) for stage in range(6)],
-        nn.Conv2d if spatial_dims == 2 else nn.Conv3d,
-        3,
-        [1, 2, 2, 2, 2, 2],
-        2,
-        CLASSES,
-        2,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm2d if spatial_dims == 2 else nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )
 
 
 # ---- The networks in their authors' order ----
@@ -218,40 +204,6 @@ def variants(label: str, spatial_dims: int) -> dict[str, nn.Module]:
 # ---- What is timed ----
 
 
-def forward(network: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A forward pass without gradients."""
-
-    def run() -> None:
-        with torch.inference_mode():
-            network(x)
-
-    return run
-
-
-def training_step(network: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward, cross-entropy, backward."""
-    network = copy.deepcopy(network).train()
-    target = torch.randint(CLASSES, (x.shape[0], *x.shape[2:]))
-
-    def run() -> None:
-        network.zero_grad()
-        F.cross_entropy(network(x), target).backward()
-
-    return run
-
-
-def take_turns(runs: dict[Any, Callable[[], None]], turns: int) -> dict[Any, list[float]]:
-    """Milliseconds of each run, turn by turn; the first turn is not counted."""
-    times: dict[Any, list[float]] = {key: [] for key in runs}
-    for turn in range(turns + 1):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn > 0:
-                times[key].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 class _Steps(TorchDispatchMode):
     """Times each step alone, as often as LEAST_OF, in either memory format, and sums the least times."""
 
@@ -296,23 +248,19 @@ def rows_of(
     measurement: str, patch: Sequence[int], times: dict[tuple[str, str], list[float]], parameters: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     """One row for each way to compute each network."""
-
-    def ratio(to: tuple[str, str], key: tuple[str, str]) -> float:
-        return statistics.median(a / b for a, b in zip(times[to], times[key], strict=True))
-
-    for (label, way), milliseconds in times.items():
+    for (label, way), seconds in times.items():
         row: dict[str, Any] = {
             "measurement": measurement,
             "patch": "x".join(map(str, patch)),
             "network": label,
             "computed": way,
             "parameters": parameters[label],
-            "median ms": f"{statistics.median(milliseconds):.3g}",
-            "least ms": f"{min(milliseconds):.3g}",
-            f"times {BASELINE}": f"{ratio((BASELINE, 'network'), (label, way)):.1f}",
+            "median ms": f"{1e3 * statistics.median(seconds):.3g}",
+            "least ms": f"{1e3 * min(seconds):.3g}",
+            f"times {BASELINE}": f"{median_ratio(times[BASELINE, 'network'], seconds):.1f}",
         }
         if label != BASELINE:
-            row["times as published"] = f"{ratio((label, 'as published'), (label, way)):.1f}"
+            row["times as published"] = f"{median_ratio(times[label, 'as published'], seconds):.1f}"
         if measurement == "forward" and way == "prepared":
             row["goals"] = f"{GOALS[label, len(patch) - 1]} and {GOAL_AS_PUBLISHED}"
         yield row
@@ -322,7 +270,7 @@ def measure(spatial_dims: int, turns: int) -> Iterator[dict[str, Any]]:
     """All rows of one number of dimensions."""
     patch = PATCHES[spatial_dims]
     x = torch.randn(1, *patch)
-    plain = plain_conv_unet(spatial_dims).eval()
+    plain = plain_conv_unet(spatial_dims, 6, patch[0], CLASSES).eval()
     plain_last = copy.deepcopy(plain).to(memory_format=CHANNELS_LAST[spatial_dims])  # type: ignore[call-overload]
     x_last = x.clone(memory_format=CHANNELS_LAST[spatial_dims])
     ways = {label: variants(label, spatial_dims) for label in NETWORKS}
@@ -343,39 +291,38 @@ def measure(spatial_dims: int, turns: int) -> Iterator[dict[str, Any]]:
     yield from rows_of("training step", patch, take_turns(steps, max(3, turns // 5)), parameters)
 
 
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page, and name the machine."""
-    rows = read_rows(results)
-    lines = ["; ".join(f"{key}: {rows[0][key]}" for key in MACHINE), ""]
-    lines += markdown([column for column in rows[0] if column not in MACHINE], rows)
-    write_table(PAGE, Path(__file__).name, lines)
+def tables() -> Tables:
+    """What preparing gains on the network as its authors wrote it, and how far it is from its floor."""
+    recorded = read_rows(MEASURED)
+    by_name = {(row["measurement"], row["patch"], row["network"], row["computed"]): row for row in recorded}
+    rows = []
+    for patch in dict.fromkeys(row["patch"] for row in recorded):
+        for label in NETWORKS:
+            ways = ("as published", "network", "prepared")
+            published, network, prepared = (by_name["forward", patch, label, way] for way in ways)
+            step = by_name["training step", patch, label, "network"]
+            row = {"network": label, "input": patch.replace("x", "×"), "as published (ms)": published["median ms"]}
+            faster = {"as it trains": network, "prepared": prepared, "training step": step}
+            row |= {f"{what}, times as fast": measured["times as published"] for what, measured in faster.items()}
+            rows.append(row | {"floor (ms)": by_name["floor", patch, label, "prepared"]["least ms"]})
+    about = ", ".join(f"{fact} {recorded[0][fact]}" for fact in FACTS)
+    return {PAGE: [f"Measured with: {about}.", "", *table(rows), "", link(PAGE, MEASURED, "All variants")]}
 
 
 def main() -> None:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure and record."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--turns", type=int, default=15, help="timed turns")
     parser.add_argument("--dims", type=int, nargs="+", choices=(2, 3), default=[2, 3], help="images, volumes or both")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    described = machine(torch.device("cpu"))
-    described = {key: described[key] for key in MACHINE}
-    columns = ("measurement", "patch", "network", "computed", "parameters", "median ms", "least ms")
-    columns += (f"times {BASELINE}", "times as published", "goals")
-    rows: list[dict[str, Any]] = []
+    record = Record(arguments.out, "measurement", "patch", "network", "computed")
     for spatial_dims in arguments.dims:
         for row in measure(spatial_dims, arguments.turns):
-            rows.append(row)
-            print("  ".join(str(row.get(column, "")) for column in columns), flush=True)
-    with arguments.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*columns, *described], restval="")
-        writer.writeheader()
-        writer.writerows(row | described for row in rows)
-    if arguments.out == RESULTS:
-        write_page(arguments.out)
+            record.put(row | machine(*FACTS))
 
 
 if __name__ == "__main__":

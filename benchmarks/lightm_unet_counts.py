@@ -1,10 +1,10 @@
-"""True parameters and multiply-accumulates (MACs) of LightM-UNet, and where the paper's numbers come from.
+"""Where the numbers of LightM-UNet's paper come from.
 
     python benchmarks/lightm_unet_counts.py
 
-writes ``benchmarks/results/lightm_unet_counts.csv`` (true counts) and ``lightm_unet_claims.csv`` (the paper's numbers,
-each beside what the counter ``thop`` gives and the true one). Nothing is computed: shapes alone are followed (device
-"meta"), so the numbers are the same on every machine.
+writes ``benchmarks/results/lightm_unet_claims.csv``: the paper's numbers, each beside what the counter ``thop`` gives
+and the true one of the network that was counted. What the published network has is counted by network_costs.py. Nothing
+is computed: shapes alone are followed (device "meta"), so the numbers are the same on every machine.
 
 The paper counted with thop, as its author says (https://github.com/MrBlankness/LightM-UNet/issues/9). Its rules, which
 are repeated here:
@@ -25,21 +25,30 @@ convolutions in stem and decoder where the published code has depthwise-separabl
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
+import network_costs
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from network_costs import BASELINE
+from recording import RESULTS, Record, Tables, link, read_rows, table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from nnunetv2_lightnets import create_network
+from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.nnunet.plans import patch_setting
 
+CLAIMS = RESULTS / "lightm_unet_claims.csv"
+PAGE = "docs/lightm_unet.md"
+LIGHT = "nnUNetTrainerLightMUNet"
 WIDTH, BLOCKS = 32, (1, 2, 2, 4)
-RESULTS = Path(__file__).parent / "results"
+QUANTITIES = (
+    "million parameters",
+    "'GFLOPs' (true: GMACs of one image)",
+    "nnU-Net's parameters, times",
+    "nnU-Net's operations, times",
+)
+COLUMNS = ("quantity", "paper", "by thop", "true, network counted", "by thop, network published")
+SHOWN = 6  # rows on the page: all in 3D, and the network's own in 2D
 
 
 @dataclass(frozen=True)
@@ -67,51 +76,27 @@ class Setting:
 
 LITS = Setting(3, 1, 3, (128, 128, 128), 2)
 LUNG = Setting(2, 3, 2, (512, 512), 12)
+PAPER = {LITS: ("1.87", "457.62", "47.39", "15.82"), LUNG: ("1.09", "267.19", "116", "21")}
 
 
 # ---- What is there ----
 
 
-def true_counts(network: nn.Module, x: Tensor) -> Counts:
-    """Every parameter once; MACs of one image by torch's counter and this package's formula for the scan."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        network.eval()(x)
-    return Counts(sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2)
-
-
-def light(setting: Setting, width: int = WIDTH) -> nn.Module:
-    with torch.device("meta"):
-        return create_network(
-            "lightm_unet",
-            spatial_dims=setting.dims,
-            input_channels=setting.inputs,
-            num_classes=setting.classes,
-            width=width,
-        )
+def true_counts(trainer: str, setting: Setting) -> Counts:
+    """As network_costs.py has recorded them."""
+    size = network_costs.shown_input(setting.patch, setting.inputs, setting.classes)
+    return Counts(*network_costs.counts()[trainer, size])
 
 
 def nnunet(setting: Setting) -> nn.Module:
-    """What nnU-Net plans for these patches: 6 stages up to 320 features in 3D, 8 up to 512 in 2D."""
-    stages, most = (6, 320) if setting.dims == 3 else (8, 512)
+    """The network that nnU-Net plans for these patches."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = PlansManager(patch_setting(setting.patch, setting.inputs, setting.classes).plans)
+    (name,) = plans.available_configurations
+    build = find_trainer_class(BASELINE).build_network_architecture
     with torch.device("meta"):
-        return PlainConvUNet(
-            setting.inputs,
-            stages,
-            [min(32 * 2**stage, most) for stage in range(stages)],
-            nn.Conv3d if setting.dims == 3 else nn.Conv2d,
-            3,
-            [1] + [2] * (stages - 1),
-            2,
-            setting.classes,
-            2,
-            conv_bias=True,
-            norm_op=nn.InstanceNorm3d if setting.dims == 3 else nn.InstanceNorm2d,
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-            deep_supervision=False,
-        )
+        return build(plans, plans.get_configuration(name), setting.inputs, setting.classes, False)
 
 
 @dataclass(frozen=True)
@@ -150,7 +135,7 @@ def convolutions(setting: Setting, published: bool) -> Counts:
 
 def before_the_fix(setting: Setting) -> Counts:
     """True counts of the network the paper counted: the published one with other convolutions, and 3 scales less."""
-    whole = true_counts(light(setting), setting.image())
+    whole = true_counts(LIGHT, setting)
     published, ordinary = convolutions(setting, True), convolutions(setting, False)
     return Counts(
         whole.parameters - published.parameters + ordinary.parameters - 3, whole.macs - published.macs + ordinary.macs
@@ -218,78 +203,43 @@ def light_as_thop(setting: Setting, published: bool) -> Counts:
 # ---- Tables ----
 
 
-def true_table() -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for setting in (LITS, LUNG):
-        networks = {f"lightm_unet, width {width}": light(setting, width) for width in (32, 16, 8)}
-        networks["nnU-Net (PlainConvUNet)"] = nnunet(setting)
-        for name, network in networks.items():
-            counts = true_counts(network, setting.image())
-            rows.append(
-                {
-                    "network": name,
-                    "input": "x".join(map(str, (setting.inputs, *setting.patch))),
-                    "classes": setting.classes,
-                    "parameters": counts.parameters,
-                    "GMACs": f"{counts.macs / 1e9:.2f}",
-                }
-            )
+def quantities(network: Counts, base: Counts | None) -> tuple[str, str, str, str]:
+    """What the paper gives of a network, and of nnU-Net's beside it."""
+    own = (f"{network.parameters / 1e6:.3f}", f"{network.macs / 1e9:.2f}")
+    if base is None:
+        return *own, "", ""
+    return *own, f"{base.parameters / network.parameters:.2f}", f"{base.macs / network.macs:.2f}"
+
+
+def claims() -> list[dict[str, str]]:
+    """A row for each of the paper's numbers."""
+    rows = []
+    for setting, paper in PAPER.items():
+        base = as_thop(nnunet(setting), setting.image(setting.batch))
+        columns = (
+            [f"{setting.dims}D {quantity}" for quantity in QUANTITIES],
+            paper,
+            quantities(light_as_thop(setting, False), base),
+            quantities(before_the_fix(setting), true_counts(BASELINE, setting)),
+            quantities(light_as_thop(setting, True), None),
+        )
+        rows += [dict(zip(COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]
     return rows
 
 
-def claims_table() -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-
-    def add(quantity: str, paper: str, thop: float, counted: float, published: float, unit: float, digits: int) -> None:
-        columns = {"by thop": thop, "true, network counted": counted, "true, network published": published}
-        values = {column: f"{value / unit:.{digits}f}" for column, value in columns.items()}
-        rows.append({"quantity": quantity, "paper": paper, **values})
-
-    for setting, parameters, flops, fewer_parameters, fewer_flops in (
-        (LITS, "1.87", "457.62", "47.39", "15.82"),
-        (LUNG, "1.09", "267.19", "116", "21"),
-    ):
-        thop, published = light_as_thop(setting, False), true_counts(light(setting), setting.image())
-        counted, base = before_the_fix(setting), true_counts(nnunet(setting), setting.image())
-        base_thop = as_thop(nnunet(setting), setting.image(setting.batch))
-        dims = f"{setting.dims}D"
-        add(f"{dims} million parameters", parameters, *(c.parameters for c in (thop, counted, published)), 1e6, 3)
-        add(f"{dims} 'GFLOPs' (true: GMACs of one image)", flops, *(c.macs for c in (thop, counted, published)), 1e9, 2)
-        add(
-            f"{dims} nnU-Net's parameters, times",
-            fewer_parameters,
-            base_thop.parameters / thop.parameters,
-            base.parameters / counted.parameters,
-            base.parameters / published.parameters,
-            1,
-            2,
-        )
-        add(
-            f"{dims} nnU-Net's operations, times",
-            fewer_flops,
-            base_thop.macs / thop.macs,
-            base.macs / counted.macs,
-            base.macs / published.macs,
-            1,
-            2,
-        )
-        by_thop = light_as_thop(setting, True)
-        rows[-4]["by thop, network published"] = f"{by_thop.parameters / 1e6:.3f}"
-        rows[-3]["by thop, network published"] = f"{by_thop.macs / 1e9:.2f}"
-    return rows
-
-
-def write(name: str, rows: Sequence[dict[str, object]]) -> None:
-    with (RESULTS / name).open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def tables() -> Tables:
+    """The paper's numbers beside the true ones of the published network, as network_costs.py has counted it."""
+    true = [value for one in PAPER for value in quantities(true_counts(LIGHT, one), true_counts(BASELINE, one))]
+    rows = [
+        {column: row[column] for column in COLUMNS[:-1]} | {"true, network published": f"**{value}**"}
+        for row, value in zip(read_rows(CLAIMS), true, strict=True)
+    ]
+    return {PAGE: [*table(rows[:SHOWN]), "", link(PAGE, CLAIMS)]}
 
 
 def main() -> None:
-    """Write both tables."""
-    write("lightm_unet_counts.csv", true_table())
-    write("lightm_unet_claims.csv", claims_table())
+    """Count."""
+    Record(CLAIMS, "quantity").put(*claims())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/networks_cpu.py [--threads 2] [--repeats 7]
 
-measures LightM-UNet against nnU-Net's PlainConvUNet and writes ``benchmarks/results/networks_cpu.csv``, and from it the
-table in ``docs/lightm_unet.md``:
+measures what LightM-UNet's time is made of, beside nnU-Net's PlainConvUNet, and writes
+``benchmarks/results/networks_cpu.csv``. How the trainers' networks compare as nnU-Net plans them is in trainers_cpu.py.
 
 - ``forward``: a patch of 64x64x64, no gradients, PlainConvUNet with 6 stages (32 to 320 features);
 - ``forward, not in blocks``: the same with every Mamba layer computed for all tokens at once;
@@ -17,32 +17,37 @@ table in ``docs/lightm_unet.md``:
 - ``training step``: forward, cross-entropy and backward of two patches of 40x56x40, PlainConvUNet with 4 stages.
 
 Networks take turns, so that a busy moment of the machine hits them alike; ratios are medians of the ratios of one turn.
-Any other network and patch:
-
-    python benchmarks/networks_cpu.py --network ulite --network lightm_unet:width=16 --patch 96 96 96 [--train]
-
-prints, and writes nothing. Run it on a machine that does nothing else.
+Any other network and patch is measured by ``nnUNetv2_lightnets benchmark``. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import platform
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from pages import DOCS, markdown, read_rows, write_table
 from published_scan import use_published_scan
+from recording import (
+    RESULTS,
+    Record,
+    Tables,
+    argument_parser,
+    link,
+    machine,
+    median_ratio,
+    read_rows,
+    short,
+    table,
+    take_turns,
+)
 from torch import Tensor, nn
 
 from nnunetv2_lightnets import create_network
@@ -51,24 +56,27 @@ from nnunetv2_lightnets.ops import available_backends, causal_conv1d
 from nnunetv2_lightnets.ops.selective_scan.native import instruction_sets
 
 CLASSES = 3
-RESULTS = Path(__file__).parent / "results" / "networks_cpu.csv"
-PAGE = DOCS / "lightm_unet.md"
+MEASURED = RESULTS / "networks_cpu.csv"
+PAGE = "docs/lightm_unet.md"
 BASELINE = "PlainConvUNet"
-LIGHT = {f"lightm_unet, width {width}": {"width": width} for width in (32, 16, 8)}
-ROW = ("measurement", "network", "parameters", "patch", "batch", "median seconds", "fastest", f"times {BASELINE}")
+TRAINERS = {32: "nnUNetTrainerLightMUNet", 16: "nnUNetTrainerLightMUNetS", 8: "nnUNetTrainerLightMUNetT"}
+LIGHT = {f"lightm_unet, width {width}": {"width": width} for width in TRAINERS}
+FORWARD = "forward"
+FACTS = ("threads", "processor", "torch")
 
 
-def plain_conv_unet(spatial_dims: int, stages: int) -> nn.Module:
-    """What nnU-Net plans for one input channel: two convolutions per stage, instance norm, leaky ReLU."""
+def plain_conv_unet(spatial_dims: int, stages: int, channels: int = 1, classes: int = CLASSES) -> nn.Module:
+    """What nnU-Net plans: two convolutions per stage, instance norm, leaky ReLU."""
+    most = 320 if spatial_dims == 3 else 512
     return PlainConvUNet(
-        1,
+        channels,
         stages,
-        [min(32 * 2**stage, 320) for stage in range(stages)],
+        [min(32 * 2**stage, most) for stage in range(stages)],
         nn.Conv3d if spatial_dims == 3 else nn.Conv2d,
         3,
         [1] + [2] * (stages - 1),
         2,
-        CLASSES,
+        classes,
         2,
         conv_bias=True,
         norm_op=nn.InstanceNorm3d if spatial_dims == 3 else nn.InstanceNorm2d,
@@ -78,10 +86,9 @@ def plain_conv_unet(spatial_dims: int, stages: int) -> nn.Module:
     )
 
 
-def stages_of(patch: Sequence[int]) -> int:
-    """Stages that nnU-Net plans: every axis is halved while at least 4 voxels remain, 6 stages at most in 3D."""
-    halvings = max(int(side).bit_length() - 3 for side in patch)
-    return min(halvings + 1, 6 if len(patch) == 3 else 8)
+def light(width: int) -> nn.Module:
+    """LightM-UNet in 3D."""
+    return create_network("lightm_unet", spatial_dims=3, input_channels=1, num_classes=CLASSES, width=width)
 
 
 # ---- What is timed ----
@@ -99,26 +106,15 @@ def forward(network: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def training_step(network: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """Forward, cross-entropy, backward."""
-    target = torch.randint(CLASSES, (x.shape[0], *x.shape[2:]))
+    """Forward, cross-entropy, backward, of a copy."""
+    network = copy.deepcopy(network).train()
+    target = torch.randint(2, (x.shape[0], *x.shape[2:]))
 
     def run() -> None:
         network.zero_grad()
         F.cross_entropy(network(x), target).backward()
 
-    network.train()
     return run
-
-
-@contextmanager
-def patched(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """A name of a module means something else for a while."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def skip_scan(u: Tensor, delta: Tensor, A: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -126,50 +122,46 @@ def skip_scan(u: Tensor, delta: Tensor, A: Tensor, *_: Any, **__: Any) -> tuple[
     return u, A.new_zeros(u.shape[0], *A.shape)
 
 
-def not_in_blocks(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same for all tokens at once."""
+def without_scan() -> AbstractContextManager[Any]:
+    """Scans are left out."""
+    return mock.patch.object(mamba, "selective_scan", skip_scan)
 
-    def whole() -> None:
-        with patched(lightm_unet, "computes_in_blocks", lambda tokens: False):
+
+def not_in_blocks() -> AbstractContextManager[Any]:
+    """All tokens are computed at once."""
+    return mock.patch.object(lightm_unet, "computes_in_blocks", lambda tokens: False)
+
+
+def changed(run: Callable[[], Any], *contexts: Callable[[], AbstractContextManager[Any]]) -> Callable[[], Any]:
+    """The same within contexts."""
+
+    def run_changed() -> None:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
             run()
 
-    return whole
+    return run_changed
 
 
-def with_published_scan(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same for all tokens at once with the loop of published networks."""
-    whole = not_in_blocks(run)
-
-    def slow() -> None:
-        with use_published_scan():
-            whole()
-
-    return slow
-
-
-def without_scan(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same without the scan."""
-
-    def skipping() -> None:
-        with patched(mamba, "selective_scan", skip_scan):
-            run()
-
-    return skipping
+def calls(network: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[tuple[nn.Module, torch.Size, torch.Size]]:
+    """Each module of a kind that a forward pass of the whole patch calls, with the shapes of its input and output."""
+    found: list[tuple[nn.Module, torch.Size, torch.Size]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, out: found.append((module, inputs[0].shape, out.shape)))
+        for module in network.modules()
+        if isinstance(module, kind)
+    ]
+    network.eval()(x)  # with gradients: as a whole, not in blocks
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def products(network: nn.Module, x: Tensor) -> list[tuple[int, int, int]]:
     """Rows, inputs and outputs of each matrix product of a forward pass of the whole patch."""
-    found: list[tuple[int, int, int]] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        assert isinstance(module, nn.Linear)
-        found.append((out.numel() // out.shape[-1], module.in_features, module.out_features))
-
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    hooks = [linear.register_forward_hook(note) for linear in linears]
-    network.eval()(x)  # with gradients: as a whole, not in blocks
-    for hook in hooks:
-        hook.remove()
+    linears = calls(network, x, nn.Linear)
+    found = [(out.numel() // out[-1], inputs[-1], out[-1]) for _, inputs, out in linears]
     for module in network.modules():  # these two are computed without a call of their module
         if isinstance(module, mamba.Mamba):
             rows = next(r for r, inputs, outputs in found if outputs == 2 * module.d_inner)
@@ -220,34 +212,7 @@ def one_layer_norm(rows: int, channels: int) -> Callable[[], Any]:
     return run
 
 
-def layers(network: nn.Module, x: Tensor) -> list[tuple[int, int]]:
-    """Tokens and channels of each Mamba layer."""
-    found: list[tuple[int, int]] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        found.append((inputs[0].shape[0] * inputs[0].shape[1], inputs[0].shape[2]))
-
-    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, mamba.Mamba)]
-    network.eval()(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 # ---- Timing ----
-
-
-def take_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run, one after the other, ``repeats`` times, after one that does not count."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def total(make: Callable[..., Callable[[], Any]], shapes: Sequence[tuple[int, ...]]) -> float:
@@ -268,7 +233,7 @@ def rows_of(
             "batch": x.shape[0],
             "median seconds": f"{statistics.median(values):.4g}",
             "fastest": f"{min(values):.4g}",
-            f"times {BASELINE}": f"{statistics.median(v / b for v, b in zip(values, base, strict=False)):.3g}",
+            f"times {BASELINE}": f"{median_ratio(values, base):.3g}",
         }
         for name, values in seconds.items()
     ]
@@ -277,15 +242,11 @@ def rows_of(
 def measure_forward(repeats: int) -> list[dict[str, Any]]:
     """LightM-UNet's forward pass, what it is made of, and its floor."""
     x = torch.randn(1, 1, 64, 64, 64)
-    networks: dict[str, nn.Module] = {BASELINE: plain_conv_unet(3, 6)}
-    for name, settings in LIGHT.items():
-        networks[name] = create_network(
-            "lightm_unet", spatial_dims=3, input_channels=1, num_classes=CLASSES, **settings
-        )
+    networks = {BASELINE: plain_conv_unet(3, 6)} | {name: light(**settings) for name, settings in LIGHT.items()}
     runs = {name: forward(network, x) for name, network in networks.items()}
     changes = {"no scan": without_scan, "not in blocks": not_in_blocks}
-    changed = {f"{name}, {label}": change(runs[name]) for name in LIGHT for label, change in changes.items()}
-    seconds = take_turns({**runs, **changed}, repeats)
+    more = {f"{name}, {label}": changed(runs[name], change) for name in LIGHT for label, change in changes.items()}
+    seconds = take_turns(runs | more, repeats)
     base = seconds[BASELINE]
     rows = rows_of("forward", {name: seconds[name] for name in networks}, networks, x, base)
     for label in changes:
@@ -295,7 +256,7 @@ def measure_forward(repeats: int) -> list[dict[str, Any]]:
     for name in LIGHT:
         shapes = products(networks[name], x)
         macs = sum(rows * inputs * outputs for rows, inputs, outputs in shapes)
-        of_layers = layers(networks[name], x)
+        of_layers = [(shape[0] * shape[1], shape[2]) for _, shape, _ in calls(networks[name], x, mamba.Mamba)]
         floor = {
             "products": total(one_product, shapes),
             "products at the rate of (262144, 64) x (64, 256)": macs / rate,
@@ -307,91 +268,45 @@ def measure_forward(repeats: int) -> list[dict[str, Any]]:
 
     widest = next(iter(LIGHT))
     start = time.perf_counter()
-    with_published_scan(runs[widest])()
+    changed(runs[widest], not_in_blocks, use_published_scan)()
     return rows + rows_of("forward, published scan", {widest: [time.perf_counter() - start]}, networks, x, base)
 
 
 def measure_training(repeats: int) -> list[dict[str, Any]]:
     """LightM-UNet's training step at the patch of nnU-Net's plan for the hippocampus."""
     x = torch.randn(2, 1, 40, 56, 40)
-    networks: dict[str, nn.Module] = {BASELINE: plain_conv_unet(3, 4)}
-    for name, settings in LIGHT.items():
-        networks[name] = create_network(
-            "lightm_unet", spatial_dims=3, input_channels=1, num_classes=CLASSES, **settings
-        )
+    networks = {BASELINE: plain_conv_unet(3, 4)} | {name: light(**settings) for name, settings in LIGHT.items()}
     seconds = take_turns({name: training_step(network, x) for name, network in networks.items()}, repeats)
     return rows_of("training step", seconds, networks, x, seconds[BASELINE])
 
 
-def measure(names: Sequence[str], patch: Sequence[int], batch: int, train: bool, repeats: int) -> list[dict[str, Any]]:
-    """Networks given on the command line."""
-    x = torch.randn(batch, 1, *patch)
-    networks: dict[str, nn.Module] = {BASELINE: plain_conv_unet(len(patch), stages_of(patch))}
-    for name in names:
-        network, _, settings = name.partition(":")
-        pairs = (setting.partition("=") for setting in settings.split(",") if setting)
-        networks[name] = create_network(
-            network,
-            spatial_dims=len(patch),
-            input_channels=1,
-            num_classes=CLASSES,
-            **{key: json.loads(value) for key, _, value in pairs},
-        )
-    step = training_step if train else forward
-    seconds = take_turns({name: step(network, x) for name, network in networks.items()}, repeats)
-    return rows_of("training step" if train else "forward", seconds, networks, x, seconds[BASELINE])
-
-
-def machine() -> dict[str, str]:
-    """What the times depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "threads": str(torch.get_num_threads()),
-        "scan": f"native, {instruction_sets()[0]}" if available_backends()["native"] is None else "torch",
-        "processor": name or platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-    }
-
-
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page, as multiples of the baseline's time, and name the machine."""
-    recorded = read_rows(results)
-    times: dict[str, dict[str, str]] = {}
-    for row in recorded:
-        if row["network"] != BASELINE and row["measurement"].startswith(("forward", "training step")):
-            times.setdefault(row["measurement"], {})[row["network"]] = row[f"times {BASELINE}"]
-    rows = [{f"times {BASELINE}": measurement, **of_networks} for measurement, of_networks in times.items()]
-    about = "; ".join(f"{key}: {recorded[0][key]}" for key in machine())
-    write_table(PAGE, Path(__file__).name, [about, "", *markdown((f"times {BASELINE}", *LIGHT), rows)])
+def tables() -> Tables:
+    """What a forward pass takes without some of its parts or means, as multiples of itself."""
+    recorded = read_rows(MEASURED)
+    seconds = {(row["measurement"], row["network"]): float(row["median seconds"]) for row in recorded}
+    rows: dict[str, dict[str, str]] = {}
+    for name, settings in LIGHT.items():
+        for measurement in dict.fromkeys(row["measurement"] for row in recorded):
+            if (measurement, name) in seconds and measurement.startswith(f"{FORWARD},"):
+                row = rows.setdefault(measurement, {"times the forward pass": measurement})
+                ratio = seconds[measurement, name] / seconds[FORWARD, name]
+                row[f"`{TRAINERS[settings['width']]}`"] = f"{short(ratio)}×"
+    about = ", ".join(f"{fact} {recorded[0][fact]}" for fact in (*FACTS, "scan"))
+    return {PAGE: [f"Measured with: {about}.", "", *table(list(rows.values())), "", link(PAGE, MEASURED)]}
 
 
 def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure and record."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument("--network", action="append", default=[], help="NAME or NAME:SETTING=VALUE,...; repeatable")
-    parser.add_argument("--patch", type=int, nargs="+", default=[64, 64, 64], help="size in voxels, 2 or 3 numbers")
-    parser.add_argument("--batch", type=int, default=1, help="patches at once")
-    parser.add_argument("--train", action="store_true", help="training steps instead of forward passes")
+    parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.network:
-        rows = measure(arguments.network, arguments.patch, arguments.batch, arguments.train, arguments.repeats)
-    else:
-        rows = measure_forward(arguments.repeats) + measure_training(arguments.repeats)
-        with RESULTS.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, [*ROW, *machine()])
-            writer.writeheader()
-            writer.writerows({**row, **machine()} for row in rows)
-        write_page(RESULTS)
-    widths = [max(len(str(row[column])) for row in [dict(zip(ROW, ROW, strict=True)), *rows]) for column in ROW]
-    for row in [dict(zip(ROW, ROW, strict=True)), *rows]:
-        print("  ".join(str(row[column]).ljust(width) for column, width in zip(ROW, widths, strict=True)))
+    scan = f"native, {instruction_sets()[0]}" if available_backends()["native"] is None else "torch"
+    record = Record(arguments.out, "measurement", "network")
+    for rows in (measure_forward(arguments.repeats), measure_training(arguments.repeats)):
+        record.put(*({**row, "scan": scan, **machine(*FACTS)} for row in rows))
 
 
 if __name__ == "__main__":

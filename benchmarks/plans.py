@@ -4,22 +4,16 @@
 
 The data sets must have been planned by nnU-Net (their plans are only read). Each case runs in a process of its own, as
 in training_memory.py. Rows are written one by one into ``benchmarks/results/plans.csv``; those there are not redone.
-The table of ``docs/planning.md`` is made of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
-from pages import DOCS, markdown, read_rows, write_table
-from training_memory import ALLOCATOR, measured_memory
+from network_costs import LIGHT_M, ULTRA_LIGHT
+from recording import RESULTS, Record, Tables, argument_parser, link, read_rows, table
+from training_memory import SWIN, in_own_process, measured_memory
 
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
 from nnunetv2_lightnets.files import read_json
@@ -28,20 +22,17 @@ from nnunetv2_lightnets.nnunet.folders import dataset_folder
 from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.plans.planner import Planner, plans_name
 
-RESULTS = Path(__file__).parent / "results" / "plans.csv"
-PAGE = DOCS / "planning.md"
-TRAINERS = (
-    "nnUNetTrainerLightMUNet",
-    "nnUNetTrainerLightMUNetS",
-    "nnUNetTrainerLightMUNetT",
-    "nnUNetTrainerULite",
-    "nnUNetTrainerUltraLightUNetT",
-    "nnUNetTrainerUltraLightUNetS",
-    "nnUNetTrainerUltraLightUNet",
-    "nnUNetTrainerUltraLightUNetM",
-    "nnUNetTrainerUltraLightUNetL",
-    "nnUNetTrainerSwinUMambaScratch",
-    "nnUNetTrainerSwinUMambaDScratch",
+PLANNED = RESULTS / "plans.csv"
+PAGE = "docs/planning.md"
+TRAINERS = (*LIGHT_M, "nnUNetTrainerULite", *ULTRA_LIGHT, *SWIN)
+SHOWN = (  # where a plan must give something up, and two that need not
+    ("Dataset504_Hippocampus", "nnUNetTrainerLightMUNet"),
+    ("Dataset504_Hippocampus", "nnUNetTrainerLightMUNetS"),
+    ("Dataset504_Hippocampus", "nnUNetTrainerULite"),
+    ("Dataset505_DSB2018Nuclei", "nnUNetTrainerLightMUNet"),
+    ("Dataset505_DSB2018Nuclei", "nnUNetTrainerUltraLightUNet"),
+    ("Dataset505_DSB2018Nuclei", "nnUNetTrainerSwinUMambaScratch"),
+    ("Dataset505_DSB2018Nuclei", "nnUNetTrainerSwinUMambaDScratch"),
 )
 COLUMNS = (
     "data set",
@@ -58,41 +49,35 @@ COLUMNS = (
 )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Plan and measure what is not recorded yet."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--ids", nargs="+", default=["504", "505", "508"])
     parser.add_argument("--memory", type=float, default=2.0)
     parser.add_argument("--case", nargs=2, metavar=("ID", "TRAINER"), help="this one alone, as JSON; used by itself")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(case(*args.case, args.memory)))
-        return 0
-    done = {(row["data set"], row["trainer"]) for row in read_rows(RESULTS)}
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not done:
-            table.writeheader()
-        for trainer in TRAINERS:
-            for dataset in args.ids:
-                if (dataset_folder(dataset).name, trainer) in done:
-                    continue
-                command = [sys.executable, __file__, "--memory", str(args.memory), "--case", dataset, trainer]
-                run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
-                row = json.loads(run.stdout.splitlines()[-1])
-                table.writerow(row)
-                file.flush()
-                print(*row.values(), sep="  ")
-    write_page(RESULTS)
-    return 0
+        return
+    record = Record(PLANNED, "data set", "trainer")
+    for trainer in TRAINERS:
+        for dataset in args.ids:
+            if (dataset_folder(dataset).name, trainer) not in record:
+                record.put(in_own_process(__file__, "--memory", str(args.memory), "--case", dataset, trainer))
 
 
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page, by data set."""
-    rows = sorted(read_rows(results), key=lambda row: (row["data set"], TRAINERS.index(row["trainer"])))
-    names = {"estimated_MB": "estimate (MB)", "measured_MB": "measured (MB)"}
-    columns = [names.get(c, c) for c in COLUMNS if c not in ("memory_GB", "estimated_over_measured")]
-    lines = [{names.get(key, key): value.replace(" x ", " × ") for key, value in row.items()} for row in rows]
-    write_table(PAGE, Path(__file__).name, markdown(columns, lines))
+def tables() -> Tables:
+    """Some of the recorded plans."""
+    by_name = {(row["data set"], row["trainer"]): row for row in read_rows(PLANNED)}
+    rows = []
+    for name in SHOWN:
+        row = by_name[name]
+        shown = {"data set": row["data set"], "configuration": row["configuration"], "trainer": f"`{row['trainer']}`"}
+        for whose in ("nnU-Net's ", ""):
+            size = row[f"{whose}patch"].replace(" x ", "×")
+            shown[f"{whose}patch and batch"] = f"{size}, {row[f'{whose}batch']}"
+        rows.append(shown | {"estimate (MiB)": row["estimated_MB"], "tensors as measured (MiB)": row["measured_MB"]})
+    return {PAGE: [*table(rows), "", link(PAGE, PLANNED, "All plans")]}
 
 
 def case(dataset: str, trainer: str, memory: float) -> dict[str, object]:
@@ -116,4 +101,4 @@ def case(dataset: str, trainer: str, memory: float) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,27 +3,24 @@
 Draws paired differences of Dice from distributions with a known mean, and records for each sample size: how often the
 95 % interval covers the mean (with BCa's and plain percentiles beside it), how often Wilcoxon's test finds a difference
 where there is none, and how often non-inferiority is claimed where the true loss is the margin (with Student's t and
-Wilcoxon's shifted test beside it). Takes a few minutes; writes ``results/statistics_checks.csv`` and the table of
-``docs/compare.md``.
+Wilcoxon's shifted test beside it). Takes a few minutes; writes ``results/statistics_checks.csv``.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from pages import DOCS, markdown, read_rows, write_table
+from recording import RESULTS, Record, Tables, argument_parser, link, read_rows, table
 from scipy import stats
 from tqdm import tqdm
 
 from nnunetv2_lightnets.comparison.statistics import mean_interval, non_inferiority, wilcoxon
 
-RESULTS = Path(__file__).parent / "results" / "statistics_checks.csv"
-PAGE = DOCS / "compare.md"
+RATES = RESULTS / "statistics_checks.csv"
+PAGE = "docs/compare.md"
 MARGIN = 0.01
 SIZES = (10, 20, 50, 100, 200)
 RESAMPLES = 999
@@ -58,27 +55,25 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Draw and record."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("-o", type=Path, default=RESULTS)
+    parser.add_argument("-o", type=Path, default=RATES)
     args = parser.parse_args()
+    record = Record(args.o, "differences", "cases")
+    for name in tqdm(DISTRIBUTIONS, desc="distributions"):
+        for n in tqdm(SIZES, desc=name, leave=False):
+            record.put(check(name, n, args.draws))
+
+
+def tables() -> Tables:
+    """Every distribution at 20 cases, and the one with rare failures at all sizes from there on."""
     rows = [
-        check(name, n, args.draws)
-        for name in tqdm(DISTRIBUTIONS, desc="distributions")
-        for n in tqdm(SIZES, desc=name, leave=False)
+        {column: value for column, value in row.items() if column != "draws"}
+        for row in read_rows(RATES)
+        if int(row["cases"]) == 20 or (row["differences"] == "rare failures" and int(row["cases"]) > 20)
     ]
-    with open(args.o, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    if args.o == RESULTS:
-        write_page(args.o)
-
-
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page."""
-    rows = read_rows(results)
-    write_table(PAGE, Path(__file__).name, markdown([column for column in rows[0] if column != "draws"], rows))
+    return {PAGE: [*table(rows), "", link(PAGE, RATES)]}
 
 
 def check(name: str, n: int, draws: int) -> dict[str, object]:

@@ -1,9 +1,9 @@
-"""Parameters and multiply-accumulates (MACs) of Swin-UMamba and Swin-UMamba†, as the papers count them and as we do.
+"""Multiply-accumulates (MACs) of Swin-UMamba and Swin-UMamba† as the papers count them, also of the first version.
 
     python benchmarks/swin_umamba_counts.py
 
-writes ``benchmarks/results/swin_umamba_counts.csv``. Nothing is computed: shapes alone are followed (device "meta"),
-so the numbers are the same on every machine.
+writes ``benchmarks/results/swin_umamba_counts.csv``. What we count is in network_costs.py. Nothing is computed: shapes
+alone are followed (device "meta"), so the numbers are the same on every machine.
 
 The papers' numbers come from fvcore, which takes one MAC per multiply-add of convolutions and matrix products,
 4 operations per value of an instance norm (5 with weight and bias) and 5 per value of a layer norm, and from one of
@@ -12,19 +12,18 @@ two formulas for the selective scan over L tokens of D channels with N states ea
 - ``vmamba``: 3.5 L D N + L D. What VMamba's ``flops_selective_scan_ref`` gives; the first version of the paper.
 - ``9LDN``: 9 L D N + L D. What mamba's authors propose (state-spaces/mamba issue 110); the later version.
 
-The third column, ``ours``, is what PyTorch's ``FlopCounterMode`` gives (halved), with this package's formula for the
-scan and without norms; it is what the package's own cost tables show.
+``ours`` is what PyTorch's ``FlopCounterMode`` gives (halved), with this package's formula for the scan and without
+norms; here with the heads of deep supervision, which the papers count and network_costs.py does not.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from recording import RESULTS, Record, Tables, link, read_rows, table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +41,10 @@ IMAGES = {  # of the paper's data sets: input channels, height, width, classes
     "Endoscopy": (3, 384, 640, 8),
     "Microscopy": (3, 512, 512, 3),
 }
+COUNTS = RESULTS / "swin_umamba_counts.csv"
+PAGE = "docs/swin_umamba.md"
+SCANS = {"published GMACs, scan 9LDN": "9 L D N", "published GMACs, scan vmamba": "3.5 L D N, as VMamba"}
+PRINTED = ("68.0", "163.6", "174.4", "58.4", "18.9", "45.3", "48.2", "15.0")  # by one of the papers' versions
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,30 @@ def network_counts(label: str, image: str) -> tuple[int, Counts, Counts]:
     return sum(p.numel() for p in network.parameters()), computed, published
 
 
+def tables() -> Tables:
+    """A row for each network and way to count its scan, a column for each data set; bold is what a paper prints."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for recorded in read_rows(COUNTS):
+        millions = f"{int(recorded['parameters']) / 1e6:.1f}"
+        for column, way in SCANS.items():
+            row = rows.setdefault(
+                (recorded["network"], way),
+                {"network": recorded["network"], "parameters (M)": millions, "scan counted as": way},
+            )
+            channels, _, size = recorded["input"].partition("x")
+            gmacs = f"{float(recorded[column]):.1f}"
+            title = f"{recorded['data set']}, {size.replace('x', '×')}, {channels}→{recorded['classes']}"
+            row[title] = f"**{gmacs}**" if gmacs in PRINTED else gmacs
+    return {PAGE: [*table(list(rows.values())), "", link(PAGE, COUNTS, "Also without the scan")]}
+
+
 def main() -> None:
-    """Write the table."""
-    rows = []
+    """Count."""
+    record = Record(COUNTS, "network", "data set")
     for label in NETWORKS:
         for image, (channels, height, width, classes) in IMAGES.items():
             parameters, computed, published = network_counts(label, image)
-            rows.append(
+            record.put(
                 {
                     "network": label,
                     "data set": image,
@@ -148,14 +168,9 @@ def main() -> None:
                     "published GMACs, scan 9LDN": f"{published.total('9LDN') / 1e9:.3f}",
                     "published GMACs, scan vmamba": f"{published.total('vmamba') / 1e9:.3f}",
                     "published GMACs, without scan": f"{published.total('none') / 1e9:.3f}",
-                    "our GMACs": f"{computed.total('ours') / 1e9:.3f}",
+                    "our GMACs, all heads": f"{computed.total('ours') / 1e9:.3f}",
                 }
             )
-    file = Path(__file__).parent / "results" / "swin_umamba_counts.csv"
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -6,30 +6,31 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SCRIPTS = {  # each has write_page(results)
-    "accuracy": "accuracy",
-    "configurations": "configurations.csv",
-    "light_cnns_cpu": "light_cnns_cpu.csv",
-    "light_cnns_trainings": "light_cnns_trainings.csv",
-    "network_costs": "network_costs.csv",
-    "networks_cpu": "networks_cpu.csv",
-    "overview": ".",
-    "plans": "plans.csv",
-    "selective_scan": "selective_scan.csv",
-    "statistics_checks": "statistics_checks.csv",
-    "swin_umamba_forward": "swin_umamba_forward_cpu.csv",
-    "trainers_cpu": "trainers_cpu.csv",
-    "training_memory": "training_memory.csv",
-}
+from recording import write_tables
+
+SCRIPTS = (  # each has tables()
+    "accuracy",
+    "configurations",
+    "light_cnns_cpu",
+    "light_cnns_trainings",
+    "lightm_unet_counts",
+    "network_costs",
+    "networks_cpu",
+    "overview",
+    "plans",
+    "statistics_checks",
+    "swin_umamba_counts",
+    "swin_umamba_forward",
+    "trainers_cpu",
+    "training_memory",
+)
 
 
 def main() -> None:
     """Write all of them."""
-    for script, results in SCRIPTS.items():
-        importlib.import_module(script).write_page(RESULTS / results)
+    for script in SCRIPTS:
+        write_tables(script, importlib.import_module(script).tables())
 
 
 if __name__ == "__main__":

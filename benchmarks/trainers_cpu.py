@@ -3,41 +3,42 @@
     python benchmarks/trainers_cpu.py --folder WORK [--threads 2] [--seconds 3]
 
 Runs the command for one patch in 3D and one in 2D, each network in a process of its own, and goes on where it was when
-started again. Writes ``benchmarks/results/trainers_cpu.csv`` and the table of ``docs/benchmark.md``. Times on a shared
-machine differ from minute to minute: what can be compared are the ratios, and of those only the large ones.
+started again. Writes ``benchmarks/results/trainers_cpu.csv``. Times on a shared machine differ from minute to minute:
+what can be compared are the ratios, and of those only the large ones. Every page that shows a trainer's time or memory
+on a CPU has them from :func:`cells`.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pages import DOCS, markdown, read_rows, write_table
+from network_costs import FAMILIES, LIGHT_M, ULTRA_LIGHT
+from recording import MACHINE, RESULTS, Record, Tables, argument_parser, link, read_rows, table
 
 from nnunetv2_lightnets.costs.trainers import BASELINE
 
-RESULTS = Path(__file__).parent / "results" / "trainers_cpu.csv"
-PAGE = DOCS / "benchmark.md"
+MEASURED = RESULTS / "trainers_cpu.csv"
 PATCHES = {"3D": (64, 64, 64), "2D": (256, 256)}
+VOLUME, IMAGE = ("×".join(map(str, patch)) for patch in PATCHES.values())
 CLASSES = 3
-MACHINE = ("processor", "cores", "threads", "torch")
-COLUMNS = (
-    "patch",
-    "trainer",
-    "inference_s",
-    "inference_MB",
-    "training_s",
-    "training_MB",
-    "batch",
-    *MACHINE,
-    "error",
-)
+TITLES = {  # of a column, by the recorded one
+    "inference_s": "CPU time of a patch, {}",
+    "training_s": "CPU time of a training step, {}",
+    "inference_MB": "memory for a patch (MB), {}",
+    "training_MB": "memory of a training step (MB), {}",
+}
+PAGES: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # trainers, patches
+    "docs/benchmark.md": (FAMILIES, (VOLUME, IMAGE)),
+    "docs/lightm_unet.md": ((BASELINE, *LIGHT_M), (VOLUME, IMAGE)),
+    "docs/swin_umamba.md": ((BASELINE, "nnUNetTrainerSwinUMamba", "nnUNetTrainerSwinUMambaD"), (IMAGE,)),
+    "docs/ultralight_unet.md": ((BASELINE, "nnUNetTrainerULite", *ULTRA_LIGHT), (VOLUME, IMAGE)),
+}
 
 
 def measure(patch: Sequence[int], folder: Path, threads: int, seconds: float) -> list[dict[str, Any]]:
@@ -48,62 +49,69 @@ def measure(patch: Sequence[int], folder: Path, threads: int, seconds: float) ->
     command = Path(sys.executable).with_name("nnUNetv2_lightnets")
     subprocess.run([str(command), "benchmark", *words, *more], check=True)
     benchmark = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
-    machine = {key: benchmark["machine"][key] for key in MACHINE}
     rows: list[dict[str, Any]] = []
     for measured in benchmark["rows"]:
-        row: dict[str, Any] = {"patch": "×".join(sizes), "trainer": measured["trainer"], **machine}
-        if "error" in measured:
-            row["error"] = measured["error"]
-        else:
+        row: dict[str, Any] = {"patch": "×".join(sizes), "trainer": measured["trainer"]}
+        row |= dict.fromkeys((*TITLES, "batch")) | {key: benchmark["machine"][key] for key in MACHINE}
+        if "error" not in measured:
             for what in ("inference", "training"):
                 row[f"{what}_s"] = f"{measured[what]['median']:.4f}"
                 row[f"{what}_MB"] = round(measured[what]["memory"] / 1e6)
             row["batch"] = measured["training"]["batch_size"]
-        rows.append(row)
+        rows.append(row | {"error": measured.get("error", "")})
     return rows
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """For each trainer: times as multiples of nnU-Net's, memory in MB; a block of columns for each patch."""
-    lines: dict[str, dict[str, str]] = {}
-    for patch in dict.fromkeys(row["patch"] for row in rows):
-        here = [row for row in rows if row["patch"] == patch]
-        base = next(row for row in here if row["trainer"] == BASELINE)
-        for row in here:
-            line = lines.setdefault(row["trainer"], {"trainer": row["trainer"]})
-            for what in ("inference", "training"):
-                if row["error"]:
-                    line[f"{patch}, {what}"] = row["error"]
-                    continue
-                ratio = float(row[f"{what}_s"]) / float(base[f"{what}_s"])
-                line[f"{patch}, {what}"] = f"{ratio:.2f}× / {int(row[f'{what}_MB']):,}"
-    columns = list(dict.fromkeys(key for line in lines.values() for key in line))
-    return markdown(columns, lines.values())
+@cache
+def measured() -> dict[tuple[str, str], dict[str, str]]:
+    """Rows as recorded, by trainer and patch."""
+    return {(row["trainer"], row["patch"]): row for row in read_rows(MEASURED)}
 
 
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page."""
-    rows = read_rows(results)
-    one = rows[0]
-    title = f"{one['processor']}, {one['threads']} threads, torch {one['torch']}; training with batch {one['batch']}:"
-    write_table(PAGE, Path(__file__).name, [title, "", *table(rows)])
+def cells(trainer: str, patch: str, columns: Sequence[str] = tuple(TITLES)) -> dict[str, str]:
+    """Cells of a trainer's row, by their column's title: times as multiples of nnU-Net's own network's, and MB.
+
+    A network that does not exist for a patch, or was not measured, has empty cells.
+    """
+    row, base = measured().get((trainer, patch), {}), measured()[BASELINE, patch]
+    found = {}
+    for column in columns:
+        value = row.get(column)
+        if value and column.endswith("_s"):
+            value = f"{float(value) / float(base[column]):.2f}×"
+        found[TITLES[column].format(patch)] = f"{int(value):,}" if value and column.endswith("_MB") else value or ""
+    return found
+
+
+def machine_of(patch: str) -> str:
+    """What the times of a patch were measured on."""
+    row = measured()[BASELINE, patch]
+    about = f"{row['processor']}, {row['threads']} threads, torch {row['torch']}"
+    return f"{about}; a training step has {row['batch']} patches"
+
+
+def tables() -> Tables:
+    """Of all pages that show time or memory on a CPU, a table for each patch."""
+    found: Tables = {}
+    for page, (trainers, patches) in PAGES.items():
+        lines = [f"Times are multiples of nnU-Net's own network's. {machine_of(patches[0])}.", ""]
+        for patch in patches:
+            there = [trainer for trainer in trainers if (trainer, patch) in measured()]
+            lines += [*table([{"trainer": f"`{trainer}`"} | cells(trainer, patch) for trainer in there]), ""]
+        found[page] = [*lines, link(page, MEASURED, "All trainers")]
+    return found
 
 
 def main() -> None:
     """Measure what is not measured yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the benchmark's own reports go")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement's repetitions")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    record = Record(MEASURED, "patch", "trainer")
     for name, patch in PATCHES.items():
-        rows += measure(patch, args.folder / name, args.threads, args.seconds)
-        with RESULTS.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    write_page(RESULTS)
+        record.put(*measure(patch, args.folder / name, args.threads, args.seconds))
 
 
 if __name__ == "__main__":

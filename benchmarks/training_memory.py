@@ -5,15 +5,11 @@ is made to the peak of its training steps; steps on a small patch come before, s
 library's allocator is told to give back what is freed, so that the numbers are of tensors and not of its pools.
 
     python benchmarks/training_memory.py
-
-The table of ``docs/planning.md`` is made of the rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
 import gc
 import io
 import json
@@ -23,7 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pages import DOCS, markdown, read_rows, write_table
+from recording import MOST_ROWS, RESULTS, Record, Tables, argument_parser, link, read_rows, table
 
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
 from nnunetv2_lightnets.costs.worker import Memory
@@ -32,8 +28,8 @@ from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
 from nnunetv2_lightnets.plans.memory import training_memory
 
-RESULTS = Path(__file__).parent / "results" / "training_memory.csv"
-PAGE = DOCS / "planning.md"
+MEASURED = RESULTS / "training_memory.csv"
+PAGE = "docs/planning.md"
 SMALL = {2: 64, 3: 16}  # side of the patch that comes before, by dimensions
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # glibc's
 VOLUMES = (((32, 32, 32), 2), ((40, 56, 40), 2), ((20, 96, 96), 2))
@@ -50,9 +46,10 @@ CASES = [
 COLUMNS = ("trainer", "patch", "batch", "saved_MB", "estimated_MB", "measured_MB", "estimated_over_measured")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+def main() -> None:
+    """Measure and record."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=MEASURED)
     parser.add_argument(
         "--case", nargs=3, metavar=("TRAINER", "PATCH", "BATCH"), help="this one alone, as JSON; used by itself"
     )
@@ -60,31 +57,31 @@ def main() -> int:
     if args.case:
         trainer, patch, batch = args.case
         print(json.dumps(measure(trainer, tuple(json.loads(patch)), int(batch))))
-        return 0
-    with open(args.out, "w", newline="", encoding="utf-8") as output:
-        table = csv.DictWriter(output, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        for trainer, patch, batch in CASES:
-            command = [sys.executable, __file__, "--case", trainer, json.dumps(patch), str(batch)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
-            row = json.loads(done.stdout.splitlines()[-1])
-            table.writerow(row)
-            output.flush()
-            print(*row.values(), sep="  ")
-    if args.out == RESULTS:
-        write_page(RESULTS)
-    return 0
+        return
+    record = Record(args.out, "trainer", "patch", "batch")
+    for trainer, patch, batch in CASES:
+        record.put(in_own_process(__file__, "--case", trainer, json.dumps(patch), str(batch)))
 
 
-def write_page(results: Path) -> None:
-    """Put what is recorded on the page."""
-    titles = ("trainer", "patch", "batch", "estimate (MB)", "measured (MB)", "estimate / measured")
-    columns = [column for column in COLUMNS if column != "saved_MB"]
-    rows = [
-        {title: row[column].replace(" x ", " × ") for title, column in zip(titles, columns, strict=True)}
-        for row in read_rows(results)
-    ]
-    write_table(PAGE, Path(__file__).name, markdown(titles, rows))
+def in_own_process(script: str, *words: str) -> dict[str, object]:
+    """The row that a script prints, run with the allocator's settings."""
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
+    row: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def tables() -> Tables:
+    """The trainers' worst cases, the worst first."""
+    recorded = read_rows(MEASURED)
+    ratios = [float(row["estimated_over_measured"]) for row in recorded]
+    worst: dict[str, dict[str, str]] = {}
+    for row in sorted(recorded, key=lambda row: -abs(float(row["estimated_over_measured"]) - 1)):
+        shown = {"trainer": f"`{row['trainer']}`", "patch": row["patch"].replace(" x ", "×"), "batch": row["batch"]}
+        shown |= {"estimate (MiB)": row["estimated_MB"], "tensors as measured (MiB)": row["measured_MB"]}
+        worst.setdefault(row["trainer"], shown | {"estimate / measured": row["estimated_over_measured"]})
+    title = f"In {len(recorded)} cases the estimate is {min(ratios)} to {max(ratios)} of what was measured. The worst:"
+    return {PAGE: [title, "", *table(list(worst.values())[:MOST_ROWS]), "", link(PAGE, MEASURED, "All cases")]}
 
 
 def measure(name: str, patch: tuple[int, ...], batch: int) -> dict[str, object]:
@@ -122,4 +119,4 @@ def peak_of_steps(name: str, setting: Setting, batch: int, memory: Memory) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 from nnunet_server import Commands
-from pages import read_rows
+from recording import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
