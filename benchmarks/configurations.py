@@ -26,6 +26,8 @@ from nnunet_server import Commands, Done
 from recording import RESULTS, Record, Tables, argument_parser, link, read_rows
 from recording import table as markdown
 
+from nnunetv2_lightnets.files import last_line
+
 TRAINERS = (
     "nnUNetTrainerLightMUNetT",
     "nnUNetTrainerULite",
@@ -88,7 +90,7 @@ class Model:
             if len(lines) == 1 and f"{self.trainer} cannot train" in lines[0] and "Traceback" not in first.stderr:
                 raise Refused(lines[0].removeprefix("Error: "))
         if not (latest.is_file() or self.checkpoint.is_file()):
-            raise CellFailed(f"training: {last_line(first)}")
+            raise CellFailed(f"training: {said_last(first)}")
         second = check(self.train("--c", "--npz"), "resumed training")
         if first.code != 0 and ("Epoch 1" not in second.stdout or "Epoch 0" in second.stdout):
             raise CellFailed("the resumed training did not go on with its second epoch")
@@ -114,14 +116,13 @@ def check(done: Done, what: str) -> Done:
         CellFailed: if not.
     """
     if done.code != 0:
-        raise CellFailed(f"{what} (exit code {done.code}): {last_line(done)}")
+        raise CellFailed(f"{what} (exit code {done.code}): {said_last(done)}")
     return done
 
 
-def last_line(done: Done) -> str:
+def said_last(done: Done) -> str:
     """What a command said last, on stderr if there is something."""
-    lines = [line.strip() for line in (done.stderr.strip() or done.stdout.strip()).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "nothing was written"
+    return last_line(done.stderr.strip() or done.stdout)[:200]
 
 
 def check_segmentations(commands: Commands, data: DataSet, folder: Path) -> None:

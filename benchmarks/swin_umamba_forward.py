@@ -69,7 +69,7 @@ def tables() -> Tables:
     recorded, rows = read_rows(FORWARD), {}
     for row in recorded:
         faster = float(row["times faster than published"])
-        text = f"{row['seconds']} s" + (f" ({faster:.0f}× as fast)" if faster != 1 else "")
+        text = f"{row['seconds']} s" + (f" ({faster:.0f}×)" if faster != 1 else "")
         rows.setdefault(row["scan"], {"scan": f"`{row['scan']}`"})[row["network"]] = text
     about = ", ".join(f"{fact} {recorded[0][fact]}" for fact in FACTS)
     return {PAGE: [f"Measured with: {about}.", "", *table(list(rows.values())), "", link(PAGE, FORWARD)]}
