@@ -23,10 +23,13 @@ import trainers_cpu
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
 LONG = {  # tables of more than MOST_ROWS rows, by page and first column's title: why they are not cut
+    ("api.md", "name"): "an index of names",
     ("baselines.md", "trainer"): "what each trainer is for; no figures that a file could hold",
     ("planning.md", "name"): "the names that --like takes",
     ("selective_scan.md", "case"): "written by selective_scan.py in its own way",
-    ("weights.md", "message"): "error messages: a reader looks for the one at hand",
+    ("troubleshooting.md", "symptom"): "a reader looks for the one at hand",
+    ("troubleshooting.md", "message"): "the same",
+    ("weights.md", "message"): "the same",
 }
 FIGURES = re.compile(r"parameters|GMAC|CPU time|memory|Dice", re.IGNORECASE)
 
