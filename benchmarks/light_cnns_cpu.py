@@ -23,7 +23,6 @@ it on a machine that does nothing else. Every variant is checked to compute the 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import statistics
 import time
@@ -125,32 +124,6 @@ def _block_as_published(block: Any, x: Tensor) -> Tensor:
     return cast(Tensor, block.shortcut(x) + out)
 
 
-class ULiteAsPublished(nn.Module):
-    """U-Lite's layers on maps with their channels first, its axial convolutions without detours."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network)
-        for line in self.network.modules():
-            if isinstance(line, layers.DepthwiseLine):
-                line.forward = lambda x, line=line: nn.Conv3d.forward(line, x)  # type: ignore[method-assign]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits for ``x``."""
-        with channels_first():
-            return cast(Tensor, self.network(x))
-
-
-@contextlib.contextmanager
-def channels_first() -> Iterator[None]:
-    """The networks leave the memory format as it is."""
-    with (
-        mock.patch.object(ulite, "channels_last_on_cpu", lambda x: x),
-        mock.patch.object(ultralight_unet, "channels_last_on_cpu", lambda x: x),
-    ):
-        yield
-
-
 class ChannelsFirst(nn.Module):
     """A network that leaves the memory format as it is, with weights that ask for none."""
 
@@ -162,8 +135,21 @@ class ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits for ``x``."""
-        with channels_first():
+        with (
+            mock.patch.object(ulite, "channels_last_on_cpu", lambda x: x),
+            mock.patch.object(ultralight_unet, "channels_last_on_cpu", lambda x: x),
+        ):
             return cast(Tensor, self.network(x))
+
+
+class ULiteAsPublished(ChannelsFirst):
+    """U-Lite's layers on maps with their channels first, its axial convolutions without detours."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        for line in self.network.modules():
+            if isinstance(line, layers.DepthwiseLine):
+                line.forward = lambda x, line=line: nn.Conv3d.forward(line, x)  # type: ignore[method-assign]
 
 
 def with_one_kernel(network: nn.Module) -> nn.Module:

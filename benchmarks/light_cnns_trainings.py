@@ -1,6 +1,6 @@
 """Short trainings of U-Lite and UltraLightUNet with nnU-Net's commands, predicted and evaluated on held-out cases.
 
-    python benchmarks/light_cnns_trainings.py --folder WORK --raw RAW [--budget _4epochs_50iters] [--trainer NAME ...]
+    python benchmarks/light_cnns_trainings.py --folder WORK --raw RAW [--trainer NAME ...]
 
 takes the data sets of CASES from RAW (in nnU-Net's raw format) and, for each of them and each trainer, runs
 
@@ -21,17 +21,11 @@ from typing import Any
 
 import torch
 from accuracy import HIPPOCAMPUS, NUCLEI, PLANS, Run, prepare
+from network_costs import ULTRA_LIGHT
 from nnunet_server import Commands
 from recording import RESULTS, Record, Tables, argument_parser, link, machine, read_rows, table
 
-TRAINERS = (
-    "nnUNetTrainerULite",
-    "nnUNetTrainerUltraLightUNetT",
-    "nnUNetTrainerUltraLightUNetS",
-    "nnUNetTrainerUltraLightUNet",
-    "nnUNetTrainerUltraLightUNetM",
-    "nnUNetTrainerUltraLightUNetL",
-)
+TRAINERS = ("nnUNetTrainerULite", *ULTRA_LIGHT)
 BUDGET = "_4epochs_50iters"
 NUCLEI_RGB = replace(NUCLEI, dataset="Dataset508_DSB2018HistoRGB")
 CASES = tuple(replace(run, budget=BUDGET, trainers=TRAINERS) for run in (NUCLEI, NUCLEI_RGB, HIPPOCAMPUS))
@@ -101,18 +95,16 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where nnU-Net's folders go")
     parser.add_argument("--raw", type=Path, required=True, help="nnUNet_raw with the data sets of CASES")
-    parser.add_argument("--budget", default=BUDGET, help="suffix of the trainers' names")
     parser.add_argument("--trainer", action="append", choices=TRAINERS, help="repeatable; all by default")
     parser.add_argument("--threads", type=int, default=1, help="more may hang forked predictions")
-    parser.add_argument("--out", type=Path, default=TRAININGS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     commands = Commands(arguments.folder.resolve(), threads=arguments.threads)
-    record = Record(arguments.out, "data set", "configuration", "trainer")
+    record = Record(TRAININGS, "data set", "configuration", "trainer")
     for run in CASES:
         hold_out(commands, arguments.raw.resolve(), run)
         for name in arguments.trainer or TRAINERS:
-            trainer = name + arguments.budget
+            trainer = name + run.budget
             if (run.dataset, run.configuration, trainer) not in record:
                 record.put(train_and_evaluate(commands, run, trainer) | machine())
     commands.close()

@@ -61,9 +61,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set of the paper: dimensions, channels, classes, patch, batch."""
+    """A data set of the paper: channels, classes, patch, batch."""
 
-    dims: int
     inputs: int
     classes: int
     patch: tuple[int, ...]
@@ -74,8 +73,8 @@ class Setting:
         return torch.empty(batch, self.inputs, *self.patch, device="meta")
 
 
-LITS = Setting(3, 1, 3, (128, 128, 128), 2)
-LUNG = Setting(2, 3, 2, (512, 512), 12)
+LITS = Setting(1, 3, (128, 128, 128), 2)
+LUNG = Setting(3, 2, (512, 512), 12)
 PAPER = {LITS: ("1.87", "457.62", "47.39", "15.82"), LUNG: ("1.09", "267.19", "116", "21")}
 
 
@@ -110,12 +109,12 @@ class Level:
 
 def levels(setting: Setting) -> list[Level]:
     voxels = torch.Size(setting.patch).numel()
-    return [Level(i, WIDTH * 2**i, voxels // 2 ** (i * setting.dims)) for i in range(len(BLOCKS))]
+    return [Level(i, WIDTH * 2**i, voxels // 2 ** (i * len(setting.patch))) for i in range(len(BLOCKS))]
 
 
 def convolutions(setting: Setting, published: bool) -> Counts:
     """Stem, residual blocks of the decoder and head, where the network the paper counted was another."""
-    taps = 3**setting.dims
+    taps = 3 ** len(setting.patch)
     finest, *_ = resolutions = levels(setting)
     if published:  # depthwise, then 1x1; the head's depthwise part has one tap
         stem = setting.inputs * taps + setting.inputs * finest.channels
@@ -195,7 +194,7 @@ def light_as_thop(setting: Setting, published: bool) -> Counts:
         weights = coarse.channels * fine.channels  # of the 1x1 convolution before an upsampling
         parameters += weights
         macs += weights * coarse.voxels
-        if setting.dims == 2:
+        if len(setting.patch) == 2:
             macs += 11 * fine.channels * fine.voxels
     return Counts(parameters, macs * setting.batch)
 
@@ -217,7 +216,7 @@ def claims() -> list[dict[str, str]]:
     for setting, paper in PAPER.items():
         base = as_thop(nnunet(setting), setting.image(setting.batch))
         columns = (
-            [f"{setting.dims}D {quantity}" for quantity in QUANTITIES],
+            [f"{len(setting.patch)}D {quantity}" for quantity in QUANTITIES],
             paper,
             quantities(light_as_thop(setting, False), base),
             quantities(before_the_fix(setting), true_counts(BASELINE, setting)),

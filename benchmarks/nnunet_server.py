@@ -42,29 +42,18 @@ class Commands:
         folder: where raw, preprocessed and results are, and logs of all commands.
         threads: threads of each command.
         warm: fork a prepared process (True), or run the installed scripts (False).
+
+    Attributes:
+        raw, preprocessed, results: nnU-Net's data folders.
     """
 
     def __init__(self, folder: Path, *, threads: int = 1, warm: bool = True) -> None:
         self.folder, self.threads, self.warm = folder, threads, warm
+        self.raw, self.preprocessed, self.results = (folder / name for name in FOLDERS)
         for name in (*FOLDERS, "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._server: subprocess.Popen[str] | None = None
         self._number = len(list((folder / "logs").iterdir()))
-
-    @property
-    def raw(self) -> Path:
-        """nnUNet_raw."""
-        return self.folder / "raw"
-
-    @property
-    def preprocessed(self) -> Path:
-        """nnUNet_preprocessed."""
-        return self.folder / "preprocessed"
-
-    @property
-    def results(self) -> Path:
-        """nnUNet_results."""
-        return self.folder / "results"
 
     @property
     def environment(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from network_costs import LIGHT_M, ULTRA_LIGHT
 from recording import MOST_ROWS, RESULTS, Record, Tables, argument_parser, link, read_rows, table
 
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
@@ -35,8 +36,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 VOLUMES = (((32, 32, 32), 2), ((40, 56, 40), 2), ((20, 96, 96), 2))
 LARGE_VOLUMES = (((64, 64, 64), 2), ((20, 128, 112), 2))
 IMAGES = (((192, 192), 2), ((256, 320), 2), ((384, 384), 1))
-LIGHT_M = ("nnUNetTrainerLightMUNet", "nnUNetTrainerLightMUNetS", "nnUNetTrainerLightMUNetT")
-CNNS = ("nnUNetTrainerULite", *(f"nnUNetTrainerUltraLightUNet{variant}" for variant in ("T", "S", "", "M", "L")))
+CNNS = ("nnUNetTrainerULite", *ULTRA_LIGHT)
 SWIN = ("nnUNetTrainerSwinUMambaScratch", "nnUNetTrainerSwinUMambaDScratch")
 CASES = [
     *((trainer, *case) for trainer in LIGHT_M for case in (*VOLUMES, ((256, 320), 2))),
