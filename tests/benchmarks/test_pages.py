@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accuracy
+import light_cnns_cpu
 import network_costs
 import overview
 import pytest
@@ -20,6 +21,7 @@ import recording
 import selective_scan
 import tables
 import trainers_cpu
+import training_memory
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
 LONG = {  # tables of more than MOST_ROWS rows, by page and first column's title: why they are not cut
@@ -156,3 +158,32 @@ def test_a_single_image_makes_most_of_the_lead_on_nuclei() -> None:
     for trainer in ("nnUNetTrainerULite", "nnUNetTrainerUltraLightUNet"):
         gains = [new - old for new, old in zip(dice(trainer), dice("nnUNetTrainer"), strict=True)]
         assert max(gains) > sum(gains) / 2 > 0
+
+
+def test_words_beside_the_tables_agree_with_them() -> None:
+    """What docs/lightm_unet.md, ultralight_unet.md and planning.md say of times and memory."""
+
+    measured, patch = trainers_cpu.measured(), trainers_cpu.VOLUME
+
+    def times_nnunet(trainer: str, column: str) -> float:
+        return float(measured[trainer, patch][column]) / float(measured["nnUNetTrainer", patch][column])
+
+    assert times_nnunet("nnUNetTrainerLightMUNetS", "inference_s") == pytest.approx(0.5, abs=0.05)
+    assert times_nnunet("nnUNetTrainerLightMUNetS", "training_s") == pytest.approx(0.75, abs=0.05)
+    assert times_nnunet("nnUNetTrainerLightMUNet", "inference_s") == pytest.approx(1, abs=0.05)
+    assert times_nnunet("nnUNetTrainerLightMUNet", "training_s") == pytest.approx(1.6, abs=0.05)
+    assert times_nnunet("nnUNetTrainerLightMUNet", "training_MB") == pytest.approx(4, abs=0.5)
+
+    prepared = [row for row in recording.read_rows(light_cnns_cpu.MEASURED) if row["goals"]]
+    missed = {
+        (row["network"], len(row["patch"].split("x"))) for row in prepared if float(row["times as published"]) < 2
+    }
+    assert missed == {("UltraLightUNet base", 4), ("UltraLightUNet T", 4), ("UltraLightUNet T", 3)}
+
+    memory = [
+        1e6 * int(measured[row["trainer"], patch]["training_MB"]) / (2**20 * int(row["measured_MB"]))
+        for row in recording.read_rows(training_memory.MEASURED)
+        if (row["patch"], row["batch"]) == ("64 x 64 x 64", "2")
+    ]
+    assert max(memory) == pytest.approx(1.6, abs=0.05)
+    assert sum(ratio > 1 for ratio in memory) > len(memory) / 2
