@@ -46,7 +46,7 @@ def machine(*facts: str) -> dict[str, Any]:
     """What the times depend on: the columns MACHINE, or those named."""
     import torch
 
-    from nnunetv2_lightnets.costs.worker import machine as described
+    from nnunetv2_lightnets.costs.machine import machine as described
 
     known = described(torch.device("cpu"))
     return {fact: known[fact] for fact in facts or MACHINE}

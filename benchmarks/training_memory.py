@@ -22,8 +22,8 @@ import torch
 from network_costs import LIGHT_M, ULTRA_LIGHT
 from recording import MOST_ROWS, RESULTS, Record, Tables, argument_parser, link, read_rows, table
 
+from nnunetv2_lightnets.costs.memory import Memory
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
-from nnunetv2_lightnets.costs.worker import Memory
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
