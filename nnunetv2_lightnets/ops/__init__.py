@@ -1,7 +1,6 @@
 """Operators of the networks: selective scan, directional scans of images, causal convolution."""
 
 from nnunetv2_lightnets.ops.causal_conv1d import causal_conv1d
-from nnunetv2_lightnets.ops.flops import register_flop_formulas
 from nnunetv2_lightnets.ops.scan_order import CROSS_SCAN, scan_order
 from nnunetv2_lightnets.ops.selective_scan import available_backends, directional_scan, selective_scan, use_backend
 
@@ -14,5 +13,3 @@ __all__ = [
     "selective_scan",
     "use_backend",
 ]
-
-register_flop_formulas()

@@ -1,9 +1,9 @@
 """Depthwise causal convolution along a sequence, with SiLU, as in front of Mamba's selective scan.
 
-One operator of torch, as the scans are (see ``selective_scan/operator.py``), with two kernels: on CPUs the C kernel of
-the "native" backend, where it takes the call; else shifted multiply-adds, which keep channels-last memory as it is
-where torch's own convolution would transpose it, and save nothing for the backward pass but the input. On CUDA devices
-the package causal-conv1d takes its place where a real call to it answers.
+One operator of torch, as the scan is (see ``selective_scan/operator.py``), with two kernels: on CPUs the one in C
+(``causal_conv1d_native.py``), where it takes the call; else shifted multiply-adds, which keep channels-last memory as
+it is where torch's own convolution would transpose it, and save nothing for the backward pass but the input. On CUDA
+devices the package causal-conv1d takes its place where a small call to it gives correct results.
 
 Forcing the scan backend "torch" or "reference" forces the shifted multiply-adds here.
 
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops import causal_conv1d_native as native
 from nnunetv2_lightnets.ops.library import define, define_backward
-from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend, in_one_line
-from nnunetv2_lightnets.ops.selective_scan.layout import compute_dtype, in_layout_of
+from nnunetv2_lightnets.ops.native_library import unavailable as native_unavailable
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend
+from nnunetv2_lightnets.ops.tensors import compute_dtype, in_layout_of, in_one_line
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -68,7 +70,7 @@ def _package() -> Callable[..., Tensor]:
 
 @cache
 def package_unavailable() -> str | None:
-    """Why the package causal-conv1d cannot be used, None if it answers a small call and its gradient rightly."""
+    """Why the package causal-conv1d cannot be used, None if it computes a small call and its gradient correctly."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     # A broken build may fail in any way, and must only cost this kernel.
@@ -109,18 +111,12 @@ def _package_takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _native() -> Any:
-    from nnunetv2_lightnets.ops.selective_scan import native
-
-    return native
-
-
 def _use_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and forced_backend() not in ("torch", "reference")
-        and _native().unavailable() is None
-        and _native().conv_refuses(x, weight, bias) is None
+        and native_unavailable() is None
+        and native.refuses(x, weight, bias) is None
     )
 
 
@@ -157,7 +153,7 @@ def _backward(
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     if _use_native(x, weight, bias):
-        return in_layout_of(x, _native().causal_conv1d_forward(x, weight, bias, silu))
+        return in_layout_of(x, native.forward(x, weight, bias, silu))
     return in_layout_of(x, _forward(x, weight, bias, silu))
 
 
@@ -165,14 +161,13 @@ def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _use_native(x, weight, bias):
-        gradients = _native().causal_conv1d_backward(grad, x, weight, bias, silu)
+        dx, dweight, dbias = native.backward(grad, x, weight, bias, silu)
     else:
-        gradients = _backward(grad, x, weight, bias, silu)
-    dx, dweight, dbias = gradients
+        dx, dweight, dbias = _backward(grad, x, weight, bias, silu)
     return (
         in_layout_of(x, dx),
         in_layout_of(weight, dweight),
-        x.new_empty(0) if bias is None else in_layout_of(bias, dbias),
+        x.new_empty(0) if bias is None or dbias is None else in_layout_of(bias, dbias),
     )
 
 

@@ -6,10 +6,11 @@ Source: Liu et al., "VMamba: Visual State Space Model", arXiv:2401.10166, sectio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nnunetv2_lightnets.errors import LightNetsError
 
@@ -18,6 +19,9 @@ Direction = tuple[Sequence[int], bool]
 
 CROSS_SCAN: tuple[Direction, ...] = (((0, 1), False), ((1, 0), False), ((0, 1), True), ((1, 0), True))
 """VMamba's four directions: along rows, along columns, and both backwards."""
+
+# Orders that are known to be permutations, and their versions.
+_checked: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
 
 def scan_order(
@@ -48,4 +52,42 @@ def scan_order(
             )
         tokens = image.permute(*axes).flatten()
         path.copy_(tokens.flip(0) if backwards else tokens)
+    if not torch.compiler.is_compiling():
+        _checked[order] = _version(order)
     return order
+
+
+def check_order(order: Tensor) -> None:
+    """Make sure that every row of an order is a permutation, so that no kernel reads beyond an image.
+
+    A tensor is looked at once, and again if it was written to since; the results of :func:`scan_order` are known. On a
+    GPU, looking means waiting.
+
+    Args:
+        order: (K, L) in int32.
+
+    Raises:
+        LightNetsError: If it is not.
+    """
+    # A tensor made in inference mode does not tell whether it was written to: on CPUs it is looked at every time.
+    if _checked.get(order) == _version(order) and not (order.is_cpu and order.is_inference()):
+        return
+    length = order.shape[1]
+    smallest, largest = (int(x) for x in order.aminmax())
+    if smallest < 0 or largest >= length:
+        raise LightNetsError(
+            f"order holds {smallest if smallest < 0 else largest}, which is no index of the {length} tokens; "
+            f"make it by nnunetv2_lightnets.ops.scan_order"
+        )
+    seen = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, order.long(), True)
+    if not seen.all():
+        row = int(seen.all(1).int().argmin())
+        raise LightNetsError(
+            f"order[{row}] holds some tokens twice and others not at all, it must be a permutation of range({length}); "
+            f"make it by nnunetv2_lightnets.ops.scan_order"
+        )
+    _checked[order] = _version(order)
+
+
+def _version(order: Tensor) -> int:
+    return 0 if order.is_inference() else order._version

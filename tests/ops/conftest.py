@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.ops import available_backends, selective_scan, use_backend
+from nnunetv2_lightnets.ops.selective_scan import record
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -41,6 +42,17 @@ class Scan:
 
     tensors: tuple[Tensor | None, ...]
     delta_softplus: bool
+    initial_state: Tensor | None = None
+
+    def record(self) -> record.Scan:
+        """As backends take it."""
+        return record.Scan(*self.tensors, self.initial_state, None, self.delta_softplus)
+
+    def part(self, tokens: slice, initial_state: Tensor | None) -> Scan:
+        """Some of the tokens, from another initial state."""
+        u, delta, A, B, C, D, z, bias = self.tensors
+        u, delta, B, C, z = (None if x is None else x[..., tokens] for x in (u, delta, B, C, z))
+        return replace(self, tensors=(u, delta, A, B, C, D, z, bias), initial_state=initial_state)
 
     def to(self, dtype: torch.dtype) -> Scan:
         """All tensors in ``dtype``, parameters in float32 at least, with their memory layout."""
@@ -49,13 +61,16 @@ class Scan:
         tokens = [None if x is None else x.to(dtype) for x in (u, delta, B, C, z)]
         A, D, bias = (None if x is None else x.to(parameter) for x in (A, D, bias))
         u, delta, B, C, z = tokens
-        return replace(self, tensors=(u, delta, A, B, C, D, z, bias))
+        initial_state = None if self.initial_state is None else self.initial_state.to(parameter)
+        return replace(self, tensors=(u, delta, A, B, C, D, z, bias), initial_state=initial_state)
 
     def run(self, backend: str, gradients: bool = True, grad_last_state: bool = True) -> dict[str, Tensor]:
         """Output, last state and, for a fixed random direction of both, all gradients."""
-        leaves = [None if x is None else x.detach().requires_grad_(gradients) for x in self.tensors]
+        tensors = (*self.tensors, self.initial_state)
+        leaves = [None if x is None else x.detach().requires_grad_(gradients) for x in tensors]
+        *arguments, initial_state = leaves
         with use_backend(backend):
-            out, last_state = selective_scan(*leaves, self.delta_softplus, return_last_state=True)
+            out, last_state = selective_scan(*arguments, self.delta_softplus, True, initial_state)
         results = {"out": out.detach(), "last_state": last_state.detach()}
         if gradients:
             generator = torch.Generator().manual_seed(7)
@@ -65,7 +80,7 @@ class Scan:
             if grad_last_state:
                 loss = loss + (last_state.double() * weights[1]).sum()
             given = [leaf for leaf in leaves if leaf is not None]
-            names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+            names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
             names = tuple(name for name, leaf in zip(names, leaves, strict=True) if leaf is not None)
             found = torch.autograd.grad(loss, given, allow_unused=True)
             zeros = (torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, given, strict=True))
@@ -102,6 +117,7 @@ def make_scan() -> Callable[..., Scan]:
         z: bool = True,
         bias: bool = True,
         softplus: bool = True,
+        initial: bool = False,
         layout: str = "contiguous",
         seed: int = 0,
     ) -> Scan:
@@ -126,6 +142,7 @@ def make_scan() -> Callable[..., Scan]:
                 (normal if softplus else positive)(channels) if bias else None,
             ),
             softplus,
+            normal(batch, channels, state) if initial else None,
         )
 
     return make

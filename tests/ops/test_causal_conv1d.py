@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import available_backends, causal_conv1d, use_backend
+from nnunetv2_lightnets.ops.flops import register_flop_formulas
 
 conv_module = sys.modules["nnunetv2_lightnets.ops.causal_conv1d"]
 BACKENDS = [name for name in ("torch", "native") if available_backends()[name] is None]
@@ -120,6 +121,7 @@ def test_half_precision_with_float32_weights(assert_close):
 
 
 def test_flops():
+    register_flop_formulas()
     x, weight, bias = (y.requires_grad_() for y in _random(2, 4, 20, 3))
     with FlopCounterMode(display=False) as counter:
         out = causal_conv1d(x, weight, bias, "silu")
@@ -157,7 +159,7 @@ def fake_package(monkeypatch):
     conv_module.package_unavailable.cache_clear()
 
 
-def test_the_package_is_used_only_where_it_answers_rightly(fake_package):
+def test_the_package_is_used_only_where_it_gives_correct_results(fake_package):
     def works(x, weight, bias=None, activation=None):
         return _expected(x, weight, bias, activation)
 

@@ -18,7 +18,7 @@ from nnunetv2_lightnets.ops import (
     selective_scan,
     use_backend,
 )
-from nnunetv2_lightnets.ops.selective_scan import reference
+from nnunetv2_lightnets.ops.selective_scan.dispatch import NAMES
 
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -51,18 +51,18 @@ def _definition(u, delta, A, B, C, D, bias, order, softplus):
     """Gather, scan every direction by the textbook, put back, sum."""
     total = torch.zeros_like(u)
     for k, path in enumerate(order.long()):
-        y = reference.forward(
-            u[..., path],
-            delta[:, k][..., path],
-            A[k],
-            B[:, k : k + 1][..., path],
-            C[:, k : k + 1][..., path],
-            None if D is None else D[k],
-            None,
-            None if bias is None else bias[k],
-            softplus,
-            False,
-        )[0]
+        with use_backend("reference"):
+            y = selective_scan(
+                u[..., path],
+                delta[:, k][..., path],
+                A[k],
+                B[:, k][..., path],
+                C[:, k][..., path],
+                None if D is None else D[k],
+                None,
+                None if bias is None else bias[k],
+                softplus,
+            )
         total[..., path] += y
     return total
 
@@ -173,16 +173,17 @@ def test_gradients_equal_finite_differences(backend):
 
 
 def test_backends_share_the_format_of_saved_states():
-    tensors = [x.contiguous() for x in _arguments(2, 3, 150, 2, 4)]
-    order = scan_order((10, 15))
+    u, delta, A, B, C, D, bias = (x.contiguous() for x in _arguments(2, 3, 150, 2, 4))
+    initial_state = torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    arguments = (u, delta, A, B, C, D, None, bias, initial_state, scan_order((10, 15)), True)
     operator = torch.ops.nnunetv2_lightnets
     results = []
     for before, after in itertools.product(BACKENDS, BACKENDS):
         with use_backend(before):
-            states = operator.directional_scan(*tensors, True, order, True)[1]
+            states = operator.selective_scan(*arguments, True, False)[2]
         assert states.shape == (2 * 4 * 3 * 3 * 2,)
-        grad = torch.ones_like(tensors[0])
-        results.append(operator.directional_scan_backward(grad, *tensors, True, order, states, after))
+        grad, used = torch.ones_like(u), torch.tensor(NAMES.index(after))
+        results.append(operator.selective_scan_backward(grad, None, *arguments, states, used))
     for gradients in results[1:]:
         for ours, wanted in zip(gradients, results[0], strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)

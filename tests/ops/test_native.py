@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,22 +21,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops import causal_conv1d_native, native_library, use_backend
 from nnunetv2_lightnets.ops.scan_order import scan_order
 from nnunetv2_lightnets.ops.selective_scan import native
+from nnunetv2_lightnets.ops.selective_scan.dispatch import NAMES as BACKENDS
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
+from tests.ops.operator_call import operator_arguments
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 # max |error| / max |value| against float64; sums over channels or tokens and half-precision outputs have more
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 LAYOUTS = ("channels last", "tokens last", "strided")
 
 
-@pytest.fixture(params=native.instruction_sets())
+@pytest.fixture(params=native_library.instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_instruction_set(request.param)
+    native_library.use_instruction_set(request.param)
     yield request.param
-    native.use_instruction_set(native.instruction_sets()[0])
+    native_library.use_instruction_set(native_library.instruction_sets()[0])
 
 
 @pytest.fixture
@@ -63,6 +68,7 @@ def textbook(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state and states (B, chunk, N, D) at the start of every chunk, one token after the other."""
@@ -71,7 +77,7 @@ def textbook(
     step = delta if delta_bias is None else delta + delta_bias[:, None]
     if delta_softplus:
         step = torch.logaddexp(step, torch.zeros_like(step))
-    h = torch.zeros(*u.shape[:2], A.shape[1], dtype=u.dtype)
+    h = torch.zeros(*u.shape[:2], A.shape[1], dtype=u.dtype) if initial_state is None else initial_state
     outputs, starts = [], []
     for t in range(u.shape[2]):
         if t % 64 == 0:
@@ -121,12 +127,13 @@ def make(
         "D": torch.randn(channels),
         "z": torch.randn(shape),
         "delta_bias": torch.randn(channels) / 4 - (0.5 if softplus else -1),
+        "initial_state": torch.randn(batch, channels, states),
     }
     arguments: Arguments = []
     for name, value in values.items():
         if name in without:
             arguments.append(None)
-        elif name in ("A", "D", "delta_bias"):
+        elif name in ("A", "D", "delta_bias", "initial_state"):
             arguments.append(value.to(compute))
         else:
             arguments.append(laid_out(value.to(dtype), layout))
@@ -135,6 +142,12 @@ def make(
         laid_out(torch.randn(shape).to(dtype), layout),
         torch.randn(batch, channels, states, dtype=compute),
     )
+
+
+def record(arguments: Sequence[Tensor | None], softplus: bool, order: Tensor | None = None) -> Scan:
+    """The arguments as backends take them."""
+    scan: Any = dict(zip(NAMES, arguments, strict=False))
+    return Scan(**scan, order=order, delta_softplus=softplus)
 
 
 def error(x: Tensor, expected: Tensor) -> float:
@@ -156,8 +169,8 @@ def check_scan(arguments: Arguments, grad_out: Tensor, grad_last: Tensor | None,
     expected = iter(torch.autograd.grad(loss, given))
 
     call: list[Any] = arguments
-    out, last_state, states = native.forward(*call, softplus, True)
-    gradients = native.backward(grad_out, grad_last, *call, softplus, states)
+    out, last_state, states = native.forward(record(call, softplus), True)
+    gradients = native.backward(record(call, softplus), (grad_out, grad_last), states)
     tolerance = TOLERANCE[call[0].dtype]
     assert out.dtype == call[0].dtype
     assert error(out, y.detach()) < tolerance
@@ -200,7 +213,9 @@ def test_scan_is_the_textbooks(
 
 
 @pytest.mark.parametrize("softplus", [True, False])
-@pytest.mark.parametrize("without", [c for n in range(4) for c in itertools.combinations(("D", "z", "delta_bias"), n)])
+@pytest.mark.parametrize(
+    "without", [c for n in range(5) for c in itertools.combinations(("D", "z", "delta_bias", "initial_state"), n)]
+)
 def test_scan_with_and_without_each_option(poisoned: None, without: tuple[str, ...], softplus: bool) -> None:
     arguments, grad_out, _ = make((1, 20, 70), 6, without=without, softplus=softplus)
     check_scan(arguments, grad_out, None, softplus)
@@ -214,7 +229,7 @@ def test_half_precision_is_computed_in_float32(instruction_set: str, dtype: torc
     # and rounded only once, at the end
     call: list[Any] = arguments
     single: list[Any] = [None if x is None else x.float() for x in call]
-    out, wide = native.forward(*call, True, False)[0], native.forward(*single, True, False)[0]
+    out, wide = native.forward(record(call, True), False)[0], native.forward(record(single, True), False)[0]
     assert torch.equal(out, wide.to(dtype))
 
 
@@ -222,7 +237,7 @@ def test_half_precision_is_computed_in_float32(instruction_set: str, dtype: torc
 def test_half_precision_rounds_as_torch_does(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)  # all there are: subnormal, infinite, NaN
     weight = torch.ones(1, 1)
-    back = native.causal_conv1d_forward(every.view(1, 1, -1), weight, None, False).flatten()
+    back = causal_conv1d_native.forward(every.view(1, 1, -1), weight, None, False).flatten()
     nan = every.isnan()
     assert torch.equal(back.isnan(), nan)
     small = every.float().abs() < 2.0**-126  # such states are taken as zero
@@ -232,7 +247,7 @@ def test_half_precision_rounds_as_torch_does(dtype: torch.dtype) -> None:
     ties = ties[ties.abs() > 2.0**-120]
     # A float32 weight brings any float32 number into the output of a half-precision call.
     ones = torch.ones(1, len(ties), 1, dtype=dtype)
-    rounded = native.causal_conv1d_forward(ones, ties.view(-1, 1), None, False).flatten()
+    rounded = causal_conv1d_native.forward(ones, ties.view(-1, 1), None, False).flatten()
     assert torch.equal(rounded, ties.to(dtype))
 
 
@@ -244,7 +259,7 @@ def test_half_precision_rounds_as_torch_does(dtype: torch.dtype) -> None:
     states=st.sampled_from([1, 2, 3, 4, 8, 16, 17, 64]),
     groups=st.integers(1, 3),
     layout=st.sampled_from(LAYOUTS),
-    isa=st.sampled_from(native.instruction_sets() or ["none"]),
+    isa=st.sampled_from(native_library.instruction_sets() or ["none"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     workers=st.integers(1, 5),
 )
@@ -260,7 +275,7 @@ def test_any_shape(
     workers: int,
 ) -> None:
     before = torch.get_num_threads()
-    native.use_instruction_set(isa)
+    native_library.use_instruction_set(isa)
     torch.set_num_threads(workers)
     try:
         shape = (batch, channels_per_group * groups, length)
@@ -268,7 +283,7 @@ def test_any_shape(
         check_scan(arguments, grad_out, grad_last, True)
     finally:
         torch.set_num_threads(before)
-        native.use_instruction_set(native.instruction_sets()[0])
+        native_library.use_instruction_set(native_library.instruction_sets()[0])
 
 
 def test_256_states() -> None:
@@ -283,7 +298,7 @@ def test_mixed_layouts_and_views() -> None:
     projected = torch.randn(2, 70, 3 + 2 * 16)
     B, C = (projected[..., start : start + 16].transpose(1, 2).unsqueeze(1) for start in (3, 19))
     delta = torch.randn(2, 24, 70)
-    arguments: Arguments = [u, delta, -torch.rand(24, 16), B, C, torch.randn(24), z, torch.randn(24) - 1]
+    arguments: Arguments = [u, delta, -torch.rand(24, 16), B, C, torch.randn(24), z, torch.randn(24) - 1, None]
     check_scan(arguments, torch.ones(1, 1, 1).expand(2, 24, 70), None, True)
 
 
@@ -291,9 +306,9 @@ def test_output_keeps_the_memory_layout() -> None:
     for layout in ("channels last", "tokens last"):
         arguments, grad_out, _ = make((2, 8, 10), 4, layout=layout)
         call: list[Any] = arguments
-        out, _, states = native.forward(*call, True, True)
+        out, _, states = native.forward(record(call, True), True)
         assert out.stride() == call[0].stride()
-        gradients = native.backward(grad_out, None, *call, True, states)
+        gradients = native.backward(record(call, True), (grad_out, None), states)
         for argument, gradient in zip(call, gradients, strict=True):
             assert gradient is not None
             assert gradient.stride() == torch.empty_like(argument).stride()
@@ -322,11 +337,11 @@ def test_errors_do_not_grow_with_length(decay: float) -> None:
     call[1] -= 2
     call[2] *= decay
     exact: list[Any] = [None if x is None else x.double() for x in call]
-    out, _, states = native.forward(*call, True, True)
-    expected, _, expected_states = native.forward(*exact, True, True)
+    out, _, states = native.forward(record(call, True), True)
+    expected, _, expected_states = native.forward(record(exact, True), True)
     assert error(out, expected) < 1e-6
-    gradients = native.backward(grad_out, grad_last, *call, True, states)
-    expected_gradients = native.backward(grad_out.double(), grad_last.double(), *exact, True, expected_states)
+    gradients = native.backward(record(call, True), (grad_out, grad_last), states)
+    expected_gradients = native.backward(record(exact, True), (grad_out.double(), grad_last.double()), expected_states)
     for name, x, y in zip(NAMES, gradients, expected_gradients, strict=True):
         if x is not None and y is not None:
             assert error(x, y) < 4e-6, name
@@ -340,11 +355,11 @@ def test_tokens_are_shared_out_where_channels_are_few(
     arguments, grad_out, grad_last = make(shape, 16, dtype=torch.float64, without=() if gate else ("z",))
     call: list[Any] = arguments
     threads(1)
-    out, last, states = native.forward(*call, True, True)
-    alone = (out, last, states, *native.backward(grad_out, grad_last, *call, True, states))
+    out, last, states = native.forward(record(call, True), True)
+    alone = (out, last, states, *native.backward(record(call, True), (grad_out, grad_last), states))
     threads(workers)
-    out, last, states = native.forward(*call, True, True)
-    shared = (out, last, states, *native.backward(grad_out, grad_last, *call, True, states))
+    out, last, states = native.forward(record(call, True), True)
+    shared = (out, last, states, *native.backward(record(call, True), (grad_out, grad_last), states))
     for x, y in zip(shared, alone, strict=True):
         if x is not None and y is not None:
             assert error(x, y) < 1e-12
@@ -369,7 +384,7 @@ def test_growing_states_overflow_to_infinity(instruction_set: str) -> None:
     for steps in ([1.0, 80.0, 80.0, 1.0], [1.0, 100.0, 1.0, 1.0]):  # within the range of exp, and beyond it
         delta = torch.tensor(steps).view(1, 1, 4)
         arguments = (one, delta, torch.ones(1, 1), one[None], one[None], None, None, None)
-        out, last, _ = native.forward(*arguments, False, False)
+        out, last, _ = native.forward(record(arguments, False), False)
         assert out[0, 0, 0] == 1
         assert out[0, 0, -1] == last.item() == math.inf
 
@@ -380,11 +395,11 @@ def test_nan_comes_out_where_it_must(instruction_set: str, name: str) -> None:
     call: list[Any] = arguments
     poison = call[NAMES.index(name)]
     poison[(0, 3, 10) if name in ("u", "delta", "z") else (0, 0, 1, 10) if name in ("B", "C") else 3] = math.nan
-    out, _, states = native.forward(*call, True, True)
+    out, _, states = native.forward(record(call, True), True)
     exact: list[Any] = [None if x is None else x.double() for x in call]
     expected = textbook(*exact, True)[0]
     assert torch.equal(out.isnan(), expected.isnan())
-    gradients = native.backward(grad_out, None, *call, True, states)
+    gradients = native.backward(record(call, True), (grad_out, None), states)
     assert any(x is not None and x.isnan().any() for x in gradients)
 
 
@@ -392,26 +407,38 @@ def test_nan_comes_out_where_it_must(instruction_set: str, name: str) -> None:
 
 
 def check_directional(u: Tensor, arguments: list[Tensor | None], grad: Tensor, order: Tensor, softplus: bool) -> None:
+    """``arguments`` as those of a scan from delta on, without a gate."""
     exact: list[Any] = doubled([u, *arguments])
     total: Any = 0
+    last_states = []
     for k, index in enumerate(order.long()):
-        v, d, a, b, c, skip, bias = (
+        v, d, a, b, c, skip, bias, initial = (
             None if x is None else x if i == 0 else x[k] if i in (2, 5, 6) else x[:, k] for i, x in enumerate(exact)
         )
-        y = textbook(
-            *(v[..., index], d[..., index], a, b[:, None, :, index], c[:, None, :, index], skip, None, bias), softplus
-        )[0]
+        inputs = (b[:, None, :, index], c[:, None, :, index])
+        y, last, _ = textbook(v[..., index], d[..., index], a, *inputs, skip, None, bias, initial, softplus)
         total = total + torch.empty_like(y).index_copy(-1, index, y)
-    expected = torch.autograd.grad((total * grad.double()).sum(), [x for x in exact if x is not None])
+        last_states.append(last)
+    last = torch.stack(last_states, 1)
+    grad_last = torch.randn(last.shape, dtype=native_dtype(u))
+    loss = (total * grad.double()).sum() + (last * grad_last.double()).sum()
+    expected = torch.autograd.grad(loss, [x for x in exact if x is not None])
 
-    call: list[Any] = [u, *arguments]
-    y, states = native.directional_forward(*call, softplus, order, True)
+    *most, bias, initial = [u, *arguments]
+    scan = record([*most, None, bias, initial], softplus, order)
+    scan.check()
+    y, last_state, states = native.forward(scan, True)
     assert y.stride() == torch.empty_like(u).stride()
     assert error(y, total.detach()) < TOLERANCE[u.dtype]
-    gradients = native.directional_backward(grad, *call, softplus, order, states)
+    assert error(last_state, last.detach()) < min(TOLERANCE[u.dtype], TOLERANCE[torch.float32])
+    gradients = native.backward(scan, (grad, grad_last), states)
     given = [x for x in gradients if x is not None]
     for x, z in zip(given, expected, strict=True):
         assert error(x, z) < TOLERANCE[u.dtype]
+
+
+def native_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -432,8 +459,26 @@ def test_directional_scan_is_the_sum_of_permuted_scans(
         laid_out(torch.randn(batch, directions, states, length, dtype=dtype), layout),
         torch.randn(directions, channels, dtype=compute) if options else None,
         torch.randn(directions, channels, dtype=compute) - 1 if options else None,
+        torch.randn(batch, directions, channels, states, dtype=compute) if options else None,
     ]
     check_directional(u, arguments, grad, order, options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_directions_are_summed_before_they_are_rounded(instruction_set: str, dtype: torch.dtype, layout: str) -> None:
+    """Outputs and gradients of 16 directions that cancel out but for the last bits of one."""
+    length, channels, directions = 70, 20, 16
+    u = laid_out((torch.randint(1, 120, (1, channels, length)) / 64).to(dtype), layout)
+    order = torch.arange(length, dtype=torch.int32).repeat(directions, 1)
+    delta = torch.full((1, directions, channels, length), -1e4, dtype=dtype)  # steps of zero: D u is all there is
+    B = torch.ones(1, directions, 1, length, dtype=dtype)
+    D = torch.tensor([1000.0, -1000.0]).repeat(directions // 2)[:, None].repeat(1, channels)
+    D[0] += 1
+    scan = record([u, delta, -torch.ones(directions, channels, 1), B, B, D], True, order)
+    out, _, states = native.forward(scan, True)
+    assert torch.equal(out, u)
+    assert torch.equal(native.backward(scan, (u, None), states)[0], u)
 
 
 def test_many_directions_on_many_threads(threads: Callable[[int], None], poisoned: None) -> None:
@@ -448,6 +493,7 @@ def test_many_directions_on_many_threads(threads: Callable[[int], None], poisone
         torch.randn(1, directions, 3, length).double(),
         None,
         None,
+        torch.randn(1, directions, 4, 3).double(),
     ]
     threads(6)
     check_directional(u, arguments, grad, order, True)
@@ -477,10 +523,10 @@ def test_causal_convolution(
     y = F.conv1d(F.pad(exact[0], (width - 1, 0)), exact[1][:, None], exact[2], groups=37)
     y = F.silu(y) if silu else y
     expected = torch.autograd.grad((y * grad.double()).sum(), [v for v in exact if v is not None])
-    out = native.causal_conv1d_forward(x, weight, shift, silu)
+    out = causal_conv1d_native.forward(x, weight, shift, silu)
     assert out.stride() == torch.empty_like(x).stride()
     assert error(out, y.detach()) < 1e-6
-    gradients = native.causal_conv1d_backward(grad, x, weight, shift, silu)
+    gradients = causal_conv1d_native.backward(grad, x, weight, shift, silu)
     assert (gradients[2] is None) == (not bias)
     for gradient, wanted in zip([g for g in gradients if g is not None], expected, strict=True):
         assert error(gradient, wanted) < 2e-6
@@ -493,8 +539,8 @@ def test_causal_convolution_in_other_dtypes(dtype: torch.dtype) -> None:
     y = F.silu(F.conv1d(F.pad(exact[0], (3, 0)), exact[1][:, None], exact[2], groups=5))
     grad = torch.randn(2, 5, 30).to(dtype)
     expected = torch.autograd.grad((y * grad.double()).sum(), exact)
-    assert error(native.causal_conv1d_forward(x, weight, shift, True), y.detach()) < TOLERANCE[dtype]
-    for gradient, wanted in zip(native.causal_conv1d_backward(grad, x, weight, shift, True), expected, strict=True):
+    assert error(causal_conv1d_native.forward(x, weight, shift, True), y.detach()) < TOLERANCE[dtype]
+    for gradient, wanted in zip(causal_conv1d_native.backward(grad, x, weight, shift, True), expected, strict=True):
         assert gradient is not None
         assert gradient.dtype == dtype
         assert error(gradient, wanted) < TOLERANCE[dtype]
@@ -507,73 +553,83 @@ def arguments_of_a_scan() -> dict[str, Any]:
     return dict(zip(NAMES, make((2, 6, 10), 4)[0], strict=True))
 
 
+def call(scan: Scan) -> None:
+    with use_backend("native"):
+        torch.ops.nnunetv2_lightnets.selective_scan(*operator_arguments(scan), False, False)
+
+
 @pytest.mark.parametrize(
     ("name", "bad", "words"),
     [
         ("u", torch.randn(6, 10), "u has shape"),
         ("delta", torch.randn(2, 6, 9), "delta has shape"),
         ("A", torch.randn(5, 4), "A has shape"),
-        ("A", torch.randn(6, 0), "no states"),
+        ("A", torch.randn(6, 0), "A has shape"),
         ("B", torch.randn(2, 1, 5, 10), "B has shape"),
         ("B", torch.randn(2, 4, 10), "B has shape"),
         ("C", torch.randn(2, 2, 4, 10), "C has shape"),
         ("D", torch.randn(7), "D has shape"),
         ("z", torch.randn(1, 6, 10), "z has shape"),
         ("delta_bias", torch.randn(6, 1), "delta_bias has shape"),
-        ("u", torch.zeros(2, 6, 10, dtype=torch.int64), "u is torch.int64"),
-        ("A", torch.zeros(6, 4, dtype=torch.complex64), "A is torch.complex64"),
-        ("u", torch.zeros(2, 6, 10, device="meta"), "u is on meta"),
+        ("initial_state", torch.randn(2, 6, 5), "initial_state has shape"),
+        ("u", torch.zeros(2, 6, 10, dtype=torch.int64), "u in torch.int64"),
+        ("A", torch.zeros(6, 4, dtype=torch.complex64), "torch.complex64"),
+        ("u", torch.zeros(2, 6, 10, device="meta"), "on meta"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(name: str, bad: Tensor, words: str) -> None:
-    arguments = arguments_of_a_scan()
-    assert native.refuses(**arguments) is None
-    arguments[name] = bad
-    refusal = native.refuses(**arguments)
-    assert refusal is not None and words in refusal
+    """By the operator, whatever the backend: it checks what backends rely on."""
+    scan = Scan(**arguments_of_a_scan())
+    assert native.refuses(scan) is None
+    call(scan)
+    scan = replace(scan, **{name: bad})
     with pytest.raises(LightNetsError, match=words):
-        native.forward(*arguments.values(), True, False)
+        scan.check()
+    if not bad.is_meta:  # torch itself computes with the fake kernel there
+        with pytest.raises(LightNetsError, match=words):
+            call(scan)
 
 
 def test_groups_must_divide_the_channels() -> None:
     arguments = arguments_of_a_scan()
     arguments["B"] = arguments["C"] = torch.randn(2, 4, 4, 10)
-    assert native.refuses(**arguments) == "B has 4 groups for 6 channels"
+    with pytest.raises(LightNetsError, match="B has 4 groups for 6 channels"):
+        call(Scan(**arguments))
+
+
+def test_tensors_that_are_not_dense_are_refused() -> None:
+    scan = Scan(**arguments_of_a_scan())
+    assert native.refuses(replace(scan, A=scan.A.to_sparse())) == "A is torch.sparse_coo, and it reads dense tensors"
+    assert (
+        native.refuses(replace(scan, u=scan.u.int()))
+        == "u is torch.int32, and it reads float32, float64, bfloat16 and float16"
+    )
+    assert native.refuses(replace(scan, u=scan.u.to("meta"))) == "u is on meta, and it computes on CPUs"
 
 
 def test_backward_checks_what_it_is_given() -> None:
-    call = list(arguments_of_a_scan().values())
-    states = native.forward(*call, True, True)[2]
-    grad = torch.randn(2, 6, 10)
+    scan = Scan(**arguments_of_a_scan())
+    states = native.forward(scan, True)[2]
+    grad, native_again = torch.randn(2, 6, 10), torch.tensor(BACKENDS.index("native"))
     for bad_grad, bad_last, bad_states in (
         (grad[:, :5], None, states),
         (grad, torch.randn(2, 6, 3), states),
         (grad, None, states[1:]),
         (grad, None, states.double()),
+        (grad.double(), None, states),
     ):
-        with pytest.raises(LightNetsError, match="backward"):
-            native.backward(bad_grad, bad_last, *call, True, bad_states)
-
-
-@pytest.mark.parametrize("bad", ["repeated", "negative", "large", "int64", "short"])
-def test_orders_that_are_no_permutations_are_refused(bad: str) -> None:
-    order = torch.arange(12, dtype=torch.int32).flip(0).repeat(2, 1)
-    changes = {"repeated": 3, "negative": -1, "large": 12}
-    if bad in changes:
-        order[1, 4] = changes[bad]
-    order = {"int64": order.long(), "short": order[:, :11]}.get(bad, order)
-    u, delta, A = torch.randn(1, 3, 12), torch.rand(1, 2, 3, 12), -torch.rand(2, 3, 4)
-    B = torch.randn(1, 2, 4, 12)
-    with pytest.raises(LightNetsError, match="order"):
-        native.directional_forward(u, delta, A, B, B, None, None, True, order, False)
+        with pytest.raises(LightNetsError, match=r"gradient|backward"):
+            torch.ops.nnunetv2_lightnets.selective_scan_backward(
+                bad_grad, bad_last, *operator_arguments(scan), bad_states, native_again
+            )
 
 
 def test_nothing_to_do() -> None:
     arguments, grad_out, _ = make((0, 6, 10), 4)
     call: list[Any] = arguments
-    out, last, states = native.forward(*call, True, True)
+    out, last, states = native.forward(record(call, True), True)
     assert (out.shape, last.shape, states.numel()) == ((0, 6, 10), (0, 6, 4), 0)
-    gradients = native.backward(grad_out, None, *call, True, states)
+    gradients = native.backward(record(call, True), (grad_out, None), states)
     for x, name in zip(gradients, NAMES, strict=True):
         assert x is not None
         assert x.numel() == 0 or (x == 0).all(), name
@@ -582,34 +638,34 @@ def test_nothing_to_do() -> None:
 def test_lazy_negation_is_seen() -> None:
     arguments, _, _ = make((1, 6, 10), 4)
     call: list[Any] = arguments
-    expected = native.forward(*call, True, False)[0]
+    expected = native.forward(record(call, True), False)[0]
     call[0] = torch._neg_view(-call[0])
     assert call[0].is_neg()
-    assert torch.equal(native.forward(*call, True, False)[0], expected)
+    assert torch.equal(native.forward(record(call, True), False)[0], expected)
 
 
 def test_a_forced_instruction_set_that_is_missing_is_named() -> None:
     code = "from nnunetv2_lightnets.ops.selective_scan import native; print(native.unavailable())"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, native.INSTRUCTION_SET_VARIABLE: "mmx"},
+        env={**os.environ, native_library.INSTRUCTION_SET_VARIABLE: "mmx"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert "'mmx'" in done.stdout and "baseline" in done.stdout
     with pytest.raises(LightNetsError, match="mmx"):
-        native.use_instruction_set("mmx")
+        native_library.use_instruction_set("mmx")
 
 
 def test_instruction_sets_agree() -> None:
     arguments, _, _ = make((1, 33, 100), 16)
     call: list[Any] = arguments
     outputs = []
-    for name in native.instruction_sets():
-        native.use_instruction_set(name)
-        outputs.append(native.forward(*call, True, False)[0])
-    native.use_instruction_set(native.instruction_sets()[0])
+    for name in native_library.instruction_sets():
+        native_library.use_instruction_set(name)
+        outputs.append(native.forward(record(call, True), False)[0])
+    native_library.use_instruction_set(native_library.instruction_sets()[0])
     for out in outputs[1:]:
         assert error(out, outputs[0].double()) < 1e-6
 
@@ -622,8 +678,9 @@ def work(seed: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(seed)
     u, delta, grad = (torch.randn(1, 64, 4096, generator=generator) for _ in range(3))
     A, B, C = -torch.rand(64, 16, generator=generator), *(torch.randn(2, 1, 1, 16, 4096, generator=generator))
-    out, _, states = native.forward(u, delta, A, B, C, None, None, None, True, True)
-    gradients = native.backward(grad, None, u, delta, A, B, C, None, None, None, True, states)
+    scan = Scan(u, delta, A, B, C, delta_softplus=True)
+    out, _, states = native.forward(scan, True)
+    gradients = native.backward(scan, (grad, None), states)
     return out, *(x for x in gradients if x is not None)
 
 
@@ -697,10 +754,11 @@ def test_one_thread_is_one_thread(threads: Callable[[int], None]) -> None:
 import os, torch
 torch.set_num_threads(1)
 from nnunetv2_lightnets.ops.selective_scan import native
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
 before = len(os.listdir("/proc/self/task"))
 u = torch.randn(1, 64, 8192)
 B = torch.randn(1, 1, 16, 8192)
-native.forward(u, u, -torch.rand(64, 16), B, B, None, None, None, True, True)
+native.forward(Scan(u, u, -torch.rand(64, 16), B, B, delta_softplus=True), True)
 print(len(os.listdir("/proc/self/task")) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -713,16 +771,18 @@ def test_a_training_step_needs_little_memory() -> None:
 import resource, torch
 torch.set_num_threads(2)
 from nnunetv2_lightnets.ops.selective_scan import native
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
 D, L, N = 64, 65536, 16
 u, delta, grad = (torch.randn(1, L, D).transpose(1, 2) for _ in range(3))
 B, C = (torch.randn(1, 1, L, N).transpose(2, 3) for _ in range(2))
 A = -torch.rand(D, N)
 small = [x[..., :64] for x in (u, delta, B, C, grad)]
-_, _, s = native.forward(small[0], small[1], A, small[2], small[3], None, None, None, True, True)
-native.backward(small[4], None, small[0], small[1], A, small[2], small[3], None, None, None, True, s)
+scan = Scan(small[0], small[1], A, small[2], small[3], delta_softplus=True)
+native.backward(scan, (small[4], None), native.forward(scan, True)[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out, _, states = native.forward(u, delta, A, B, C, None, None, None, True, True)
-native.backward(grad, None, u, delta, A, B, C, None, None, None, True, states)
+scan = Scan(u, delta, A, B, C, delta_softplus=True)
+out, _, states = native.forward(scan, True)
+native.backward(scan, (grad, None), states)
 extra = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 inputs_and_outputs = sum(x.nbytes for x in (u, delta, B, C, out))
 print(extra / inputs_and_outputs, 4 * D * L * N / inputs_and_outputs)

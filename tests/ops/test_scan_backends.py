@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from nnunetv2_lightnets.ops import available_backends, selective_scan, use_backend
 from nnunetv2_lightnets.ops.selective_scan import chunked
+from nnunetv2_lightnets.ops.selective_scan.dispatch import NAMES
+from tests.ops.operator_call import operator_arguments
 
 BACKENDS = [name for name in ("torch", "native") if available_backends()[name] is None]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -116,6 +118,7 @@ def test_only_the_last_state_is_used(backend, make_scan):
             "z": st.booleans(),
             "bias": st.booleans(),
             "softplus": st.booleans(),
+            "initial": st.booleans(),
             "seed": st.integers(0, 10**6),
         }
     ),
@@ -136,19 +139,19 @@ def test_any_scan(case, groups, per_group, dtype, grad_last_state, width, make_s
 
 
 def test_backends_share_the_format_of_saved_states(make_scan):
-    """The gradient may be computed by another backend than the output, with the states that the first one saved."""
-    scan = make_scan(batch=2, channels=6, length=200, state=3, groups=2)
-    leaves = [x.detach().requires_grad_() for x in scan.tensors]
+    """Each can compute gradients from what any other has saved."""
+    scan = make_scan(batch=2, channels=6, length=200, state=3, groups=2, initial=True)
+    arguments = operator_arguments(scan.record())
     operator = torch.ops.nnunetv2_lightnets
-    grad = torch.randn_like(leaves[0])
+    grad = torch.randn_like(scan.tensors[0])
     results = []
     for before in ("reference", *BACKENDS):
-        with use_backend(before), torch.no_grad():
-            states = operator.selective_scan(*leaves, True, True)[2]
+        with use_backend(before):
+            states = operator.selective_scan(*arguments, True, False)[2]
         assert states.shape == (2 * 4 * 6 * 3,)
         for after in ("reference", *BACKENDS):
-            with torch.no_grad():
-                results.append(operator.selective_scan_backward(grad, None, *leaves, True, states, after))
+            used = torch.tensor(NAMES.index(after))
+            results.append(operator.selective_scan_backward(grad, None, *arguments, states, used))
     for gradients in results[1:]:
         for ours, wanted in zip(gradients, results[0], strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)

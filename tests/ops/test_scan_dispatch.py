@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
 from nnunetv2_lightnets.ops.selective_scan import chunked, dispatch, mamba_ssm, reference
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
+from tests.ops.operator_call import operator_arguments
 
 ENVIRONMENT_VARIABLE = "NNUNET_LIGHTNETS_SCAN_BACKEND"
 
@@ -39,15 +42,15 @@ def test_all_backends_are_listed_with_a_reason_or_none():
 
 
 def test_cpu_takes_native_then_torch_and_never_the_reference(make_scan, monkeypatch):
-    scan = make_scan(length=3).tensors
+    scan = make_scan(length=3).record()
     expected = "native" if available_backends()["native"] is None else "torch"
-    assert expected == dispatch.choose("", *scan).NAME
+    assert expected == dispatch.choose(scan).NAME
     refused = types.SimpleNamespace(NAME="native", unavailable=lambda: None, refuses=lambda *_: "it does not like this")
     real = dispatch._load
     monkeypatch.setattr(dispatch, "_load", lambda name: refused if name == "native" else real(name))
-    assert dispatch.choose("", *scan).NAME == "torch"
+    assert dispatch.choose(scan).NAME == "torch"
     with pytest.raises(LightNetsError, match=r"'native' cannot take this call: it does not like this"):
-        dispatch.choose("native", *scan)
+        dispatch.choose(scan, "native")
 
 
 def test_a_backend_whose_module_breaks_is_unavailable_with_the_reason(make_scan, monkeypatch):
@@ -147,7 +150,8 @@ def _scan_of_mamba(calls):
     def fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         calls.append("fwd")
         assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (u, delta, B, C, *([] if z is None else [z])))
-        out, last_state, _ = reference.forward(u, delta, A, B, C, D, None, delta_bias, delta_softplus, False)
+        scan = Scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus=delta_softplus)
+        out, last_state, _ = reference.forward(scan, False)
         states = torch.zeros(*u.shape[:2], -(-u.shape[2] // 2048), 2 * A.shape[1])
         states[:, :, -1, 1::2] = last_state
         return [out, states] if z is None else [out, states, out * torch.nn.functional.silu(z)]
@@ -155,11 +159,10 @@ def _scan_of_mamba(calls):
     def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, recompute_out_z):
         calls.append("bwd")
         assert x.shape[-1] == 2 * A.shape[1] and dz is None and not recompute_out_z
+        scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus)
         if z is not None:
-            ungated = reference.forward(u, delta, A, B, C, D, None, delta_bias, delta_softplus, False)[0]
-            torch.testing.assert_close(out, ungated)
-        scan = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        *grads, dz, dbias = reference.backward(dout, None, *scan, torch.empty(0))
+            torch.testing.assert_close(out, reference.forward(replace(scan, z=None), False)[0])
+        *grads, dz, dbias, _ = reference.backward(scan, (dout, None), torch.empty(0))
         return [*grads, dbias] if z is None else [*grads, dbias, dz]
 
     module = types.ModuleType("selective_scan_cuda")
@@ -211,21 +214,31 @@ def test_mamba_ssm_scans_in_directions(fake_mamba):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_other_backends_do_not_take_states_that_mamba_ssm_did_not_save(fake_mamba, make_scan):
+def test_mamba_ssm_saves_no_states(fake_mamba, make_scan):
+    """And no memory for them, except in graphs, which rely on their size."""
     fake_mamba(_scan_of_mamba([]))
-    leaves = [x.requires_grad_() for x in make_scan(length=70).to(torch.float32).tensors]
-    operator = torch.ops.nnunetv2_lightnets
-    with torch.no_grad():
-        with use_backend("mamba_ssm"):
-            states = operator.selective_scan(*leaves, True, True)[2]
-        with use_backend("reference"):
-            right = operator.selective_scan(*leaves, True, True)[2]
-        assert states.shape == right.shape
-        grad = torch.ones_like(leaves[0])
-        ours = operator.selective_scan_backward(grad, None, *leaves, True, states, "torch")
-        wanted = operator.selective_scan_backward(grad, None, *leaves, True, right, "reference")
-    for x, y in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    scan = make_scan(length=70).to(torch.float32).record()
+    leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in operator_arguments(scan)]
+    results = []
+    for name, traced, saved in (("mamba_ssm", False, 0), ("mamba_ssm", True, 72), ("reference", False, 72)):
+        with use_backend(name):
+            out, _, states, _ = torch.ops.nnunetv2_lightnets.selective_scan(*leaves, True, traced)
+        assert states.numel() == saved
+        results.append(torch.autograd.grad(out.square().sum(), [x for x in leaves if isinstance(x, torch.Tensor)]))
+    for gradients in results[:-1]:
+        for x, y in zip(gradients, results[-1], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_mamba_ssm_leaves_initial_states_to_others(fake_mamba, make_scan, monkeypatch):
+    """Its kernel has no such argument: the call goes on to the next backend."""
+    fake_mamba(_scan_of_mamba([]))
+    monkeypatch.setitem(dispatch._PREFERRED, "cpu", ("mamba_ssm", "torch"))
+    scan = make_scan(length=5, initial=True).to(torch.float32).record()
+    assert dispatch.choose(replace(scan, initial_state=None)).NAME == "mamba_ssm"
+    assert dispatch.choose(scan).NAME == "torch"
+    with pytest.raises(LightNetsError, match="initial_state is given"):
+        dispatch.choose(scan, "mamba_ssm")
 
 
 def test_mamba_ssm_refuses_calls_that_its_kernel_cannot_take(fake_mamba, make_scan):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
-from nnunetv2_lightnets.ops.selective_scan import operator, reference
+from nnunetv2_lightnets.ops.flops import register_flop_formulas
+from nnunetv2_lightnets.ops.selective_scan import reference
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
+from tests.ops.operator_call import operator_arguments
 
 BACKENDS = [name for name in ("torch", "native") if available_backends()[name] is None]
 OPERATORS = torch.ops.nnunetv2_lightnets
@@ -33,31 +37,32 @@ def _directional(dtype=torch.float32, batch=2, directions=4, channels=6, shape=(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"D": False, "z": False, "bias": False}, {"layout": "channels-last"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"D": False, "z": False, "bias": False}, {"layout": "channels-last"}, {"initial": True}]
+)
 def test_opcheck_selective_scan(backend, options, make_scan):
-    tensors = make_scan(length=66, **options).to(torch.float32).tensors
-    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    with use_backend(backend):
-        opcheck(OPERATORS.selective_scan.default, (*leaves, True, True))
-        states = OPERATORS.selective_scan(*tensors, True, True)[2]
-        opcheck(
-            OPERATORS.selective_scan_backward.default,
-            (torch.ones_like(tensors[0]), None, *tensors, True, states, ""),
-        )
+    _opcheck(backend, make_scan(length=66, **options).to(torch.float32).record())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_directional_scan(backend):
-    leaves = [x.requires_grad_() for x in _directional()]
-    order = scan_order((5, 7))
+@pytest.mark.parametrize("initial", [False, True])
+def test_opcheck_directional_scan(backend, initial):
+    *tensors, bias = _directional()
+    initial_state = torch.randn(2, 4, 6, 3) if initial else None
+    _opcheck(backend, Scan(*tensors, None, bias, initial_state, scan_order((5, 7)), True))
+
+
+def _opcheck(backend, scan):
+    arguments = operator_arguments(scan)
+    leaves = [
+        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments
+    ]
     with use_backend(backend):
-        opcheck(OPERATORS.directional_scan.default, (*leaves, True, order, True))
-        tensors = [x.detach() for x in leaves]
-        states = OPERATORS.directional_scan(*tensors, True, order, True)[1]
-        opcheck(
-            OPERATORS.directional_scan_backward.default,
-            (torch.ones_like(tensors[0]), *tensors, True, order, states, ""),
-        )
+        opcheck(OPERATORS.selective_scan.default, (*leaves, True, False))
+        _, last_state, states, used = OPERATORS.selective_scan(*arguments, True, False)
+        for grad_last_state in (None, torch.ones_like(last_state)):
+            grads = (torch.ones_like(scan.u), grad_last_state)
+            opcheck(OPERATORS.selective_scan_backward.default, (*grads, *arguments, states, used))
 
 
 def _value_and_gradients(function, tensors):
@@ -161,12 +166,12 @@ def test_arguments_of_several_dtypes_take_the_widest(backend, make_scan):
 def test_operators_refuse_what_backends_would_misread(make_scan):
     u, delta, A, B, C, D, z, bias = make_scan().to(torch.float32).tensors
     with pytest.raises(LightNetsError, match=r"got torch\.bfloat16 .* beside u in torch\.float32"):
-        OPERATORS.selective_scan(u, delta.bfloat16(), A, B, C, D, z, bias, True, False)
+        OPERATORS.selective_scan(u, delta.bfloat16(), A, B, C, D, z, bias, None, None, True, False, False)
     with pytest.raises(LightNetsError, match=r"parameter in torch\.bfloat16"):
-        OPERATORS.selective_scan(u, delta, A.bfloat16(), B, C, D, z, bias, True, False)
-    for arguments in [((delta.to("meta"),), ()), ((), (D.to("meta"),))]:  # torch itself computes with the fake kernel
+        OPERATORS.selective_scan(u, delta, A.bfloat16(), B, C, D, z, bias, None, None, True, False, False)
+    for elsewhere in ({"delta": delta.to("meta")}, {"D": D.to("meta")}):  # torch itself computes with the fake kernel
         with pytest.raises(LightNetsError, match=r"on meta.* move all arguments to one device"):
-            operator._check(u, *arguments)
+            replace(Scan(u, delta, A, B, C, D, z, bias), **elsewhere).check()
 
 
 def test_states_are_saved_only_for_gradients(make_scan, monkeypatch):
@@ -188,10 +193,11 @@ def test_states_are_saved_only_for_gradients(make_scan, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_without_saved_states(backend, make_scan):
     """The operator called directly, by somebody who forgot to save states, computes them again."""
-    leaves = [x.requires_grad_() for x in make_scan(length=130).tensors]
+    scan = make_scan(length=130, initial=True)
+    leaves = [x.requires_grad_() for x in scan.record().tensors()]
     with use_backend(backend):
         with_states, without = (
-            torch.autograd.grad(OPERATORS.selective_scan(*leaves, True, save)[0].square().sum(), leaves)
+            torch.autograd.grad(OPERATORS.selective_scan(*leaves, None, True, save, False)[0].square().sum(), leaves)
             for save in (True, False)
         )
     for ours, wanted in zip(without, with_states, strict=True):
@@ -207,6 +213,7 @@ def test_double_backward_is_refused(make_scan):
 
 def test_flops(make_scan):
     """MACs as documented: 2 and 5 for a state's update and output, forwards and backwards, 1 and 2 for the skip."""
+    register_flop_formulas()
     batch, channels, length, state = 2, 6, 70, 3
     leaves = [x.requires_grad_() for x in make_scan(batch, channels, length, state).tensors]
     updates, skips = batch * channels * length * state, batch * channels * length
@@ -254,6 +261,9 @@ def test_flops_are_registered_whatever_is_imported_first(counter_first):
     code = "; ".join(imports if counter_first else reversed(imports))
     code += """
 import torch
+from nnunetv2_lightnets.ops.flops import register_flop_formulas
+register_flop_formulas()
+register_flop_formulas()
 with FlopCounterMode(display=False) as counter:
     causal_conv1d(torch.ones(2, 3, 5), torch.ones(3, 4))
 print(counter.get_total_flops())"""

@@ -205,9 +205,9 @@ def test_torch_backend_never_holds_all_states(make_scan):
     """Its largest tensor is an input or one block's states, not (B, D, L, N), forwards and backwards."""
     scan = make_scan(batch=1, channels=32, length=8192, state=16).to(torch.float32)
     with _LargestTensor() as forward:
-        states = chunked.forward(*scan.tensors, True, True)[2]
+        states = chunked.forward(scan.record(), True)[2]
     with _LargestTensor() as backward:
-        chunked.backward(torch.ones(1, 32, 8192), None, *scan.tensors, True, states)
+        chunked.backward(scan.record(), (torch.ones(1, 32, 8192), None), states)
     block = 64 * chunked.WIDTH["cpu"]
     assert max(forward.elements, backward.elements) <= max(block, 32 * 8192) < 32 * 8192 * 16
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import nnunetv2_lightnets
-from nnunetv2_lightnets.ops.selective_scan import native
+from nnunetv2_lightnets.ops import native_library
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +23,9 @@ RUN = """
 import sys
 from pathlib import Path
 import pytest
-from nnunetv2_lightnets.ops.selective_scan import native
-native.LIBRARY = Path(sys.argv[1])
-assert native.instruction_sets() == ["baseline"], native.unavailable()
+from nnunetv2_lightnets.ops import native_library
+native_library.LIBRARY = Path(sys.argv[1])
+assert native_library.instruction_sets() == ["baseline"], native_library.unavailable()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", sys.argv[2]]))
 """
 
@@ -35,7 +35,9 @@ def test_all_tests_of_the_kernel_pass_with_16_lanes(tmp_path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         pytest.skip("no C compiler here")
-    fused = ["-mavx2", "-mfma"] if "avx2" in native.instruction_sets() else []  # products and sums in one rounding
+    fused = (
+        ["-mavx2", "-mfma"] if "avx2" in native_library.instruction_sets() else []
+    )  # products and sums in one rounding
     objects = []
     for source in ("scan_kernel", "conv_kernel", "dispatch", "threads", "memory"):
         for precision in ([], ["-DDOUBLE"]) if source.endswith("kernel") else ([],):

@@ -16,7 +16,7 @@ typedef struct {
     real *partial_rows; /* (batch * spans, channels, width + 1): dweight, dbias */
 } plan;
 
-enum { HALO_MOST = LN_CHUNK }; /* width - 1; native.py refuses wider kernels */
+enum { HALO_MOST = LN_CHUNK }; /* width - 1; causal_conv1d_native.py refuses wider kernels */
 enum { ROWS_MOST = LN_CHUNK + 2 * HALO_MOST + LANES }; /* read_tile rounds up to whole vectors of tokens */
 
 typedef struct {

@@ -65,7 +65,11 @@ LN_PUBLIC int ln_choose(const char *name) {
     return 0;
 }
 
-LN_PUBLIC int64_t ln_chunk(void) { return LN_CHUNK; }
+/* Tells the caller whether it speaks of the same types: the first `count` of LN_ABI, their sizes, and LN_CHUNK. */
+LN_PUBLIC void ln_abi(int64_t *numbers, int64_t count) {
+    const int64_t mine[] = {LN_ABI, sizeof(ln_tensor), sizeof(ln_scan), sizeof(ln_conv), LN_CHUNK};
+    for (int64_t i = 0; i < count; i++) numbers[i] = i < (int64_t)(sizeof mine / sizeof mine[0]) ? mine[i] : 0;
+}
 
 /* `precision` is LN_FLOAT32 or LN_FLOAT64: of parameters, states and all arithmetic. */
 LN_PUBLIC int ln_scan_forward(const ln_scan *s, int64_t precision) { return kernels->scan_forward[precision](s); }

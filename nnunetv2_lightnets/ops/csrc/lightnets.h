@@ -15,11 +15,15 @@
 #error "needs the vector extensions of GCC or clang"
 #endif
 
-enum { LN_CHUNK = 64 }; /* tokens between two saved states; native.py and the operator know the same number */
+/* The number of this interface. Raise it, and ABI in ops/native_library.py, with every change to what is exported: a
+ * library that was built before is then refused, not called with what it would misread. */
+enum { LN_ABI = 2 };
+
+enum { LN_CHUNK = 64 }; /* tokens between two saved states; record.py knows the same number */
 
 enum { LN_FLOAT32 = 0, LN_FLOAT64 = 1, LN_BFLOAT16 = 2, LN_FLOAT16 = 3 };
 
-enum { LN_OK = 0, LN_NO_MEMORY = 1, LN_NOT_A_PERMUTATION = 2 };
+enum { LN_OK = 0, LN_NO_MEMORY = 1 };
 
 /* A tensor by its strides, counted in elements. `outer` walks directions or groups, whichever the call has. */
 typedef struct {
@@ -32,7 +36,7 @@ typedef struct {
 typedef struct {
     int64_t batch, directions, groups, channels, length, states;
     int64_t softplus, threads;
-    const int32_t *order; /* (directions, length): image index of each token; NULL: as they lie */
+    const int32_t *order; /* (directions, length): image index of each token, checked by the caller; NULL: as they lie */
 
     ln_tensor u, delta, z;  /* (batch, channels, length), delta: one per direction */
     ln_tensor B, C;         /* (batch, groups or directions, states, length) */
@@ -41,7 +45,9 @@ typedef struct {
     const void *delta_bias; /* (R), may be NULL */
 
     ln_tensor out;
-    void *last_state;  /* (batch, channels, states), may be NULL; its gradient in the backward call */
+    /* (batch, R, states), may be NULL: zero, or not asked for. In the backward call their gradients: initial_state is
+     * written, last_state read. */
+    void *initial_state, *last_state;
     void *checkpoints; /* (batch, directions, chunks, states, channels), may be NULL in the forward call */
 
     /* The backward call alone. */

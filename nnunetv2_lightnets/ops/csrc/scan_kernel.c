@@ -209,6 +209,23 @@ static void load_states(const plan *p, const block *k, real *state, const real *
         memcpy(state + n * WIDTH, matrix + n * p->s->channels + k->channel, sizeof(real) * (size_t)k->channels);
 }
 
+/* States (or their gradients) at an end of a sequence, (batch, directions, channels, states), and those of a block. */
+static real *end_states(const ln_scan *s, const block *k, int64_t b, void *base) {
+    return (real *)base + (b * s->directions * s->channels + k->row) * s->states;
+}
+
+static void enter_sequence(const ln_scan *s, const block *k, int64_t b, void *base) {
+    const real *given = end_states(s, k, b, base);
+    for (int c = 0; c < k->channels; c++)
+        for (int64_t n = 0; n < s->states; n++) k->state[n * WIDTH + c] = given[c * s->states + n];
+}
+
+static void leave_sequence(const ln_scan *s, const block *k, int64_t b, void *base) {
+    real *result = end_states(s, k, b, base);
+    for (int c = 0; c < k->channels; c++)
+        for (int64_t n = 0; n < s->states; n++) result[c * s->states + n] = k->state[n * WIDTH + c];
+}
+
 /* Brings what segment `q` does into k->state: local + exp(A sum dt) state. */
 static void pass_segment(const plan *p, const memory *m, const block *k, int64_t b, int64_t direction, int64_t q) {
     const ln_scan *s = p->s;
@@ -417,8 +434,10 @@ static void forward_task(const void *context, int64_t task, void *scratch) {
         row_offsets delta = first_rows(&s->delta, my.b, direction, &tokens), u = first_rows(&s->u, my.b, 0, &tokens),
                     z = first_rows(&s->z, my.b, 0, &tokens), out = first_rows(&s->out, my.b, 0, &tokens);
         start_blocks(p, &m, &my, direction);
-        for (int64_t i = 0; i < my.blocks; i++)
+        for (int64_t i = 0; i < my.blocks; i++) {
+            if (s->initial_state) enter_sequence(s, &m.blocks[i], my.b, s->initial_state);
             for (int64_t q = 0; q < my.segment; q++) pass_segment(p, &m, &m.blocks[i], my.b, direction, q);
+        }
         for (int64_t chunk = my.chunk; chunk < my.end_chunk; chunk++) {
             const ln_tokens coming = tokens_of(s, direction, chunk + 1), *more = chunk + 1 < my.end_chunk ? &coming : NULL;
             next_rows(&delta, more), next_rows(&u, more), next_rows(&z, more), next_rows(&out, more);
@@ -443,12 +462,7 @@ static void forward_task(const void *context, int64_t task, void *scratch) {
             tokens = coming;
         }
         if (s->last_state && my.segment == p->segments - 1)
-            for (int64_t i = 0; i < my.blocks; i++) {
-                const block *k = &m.blocks[i];
-                real *last = (real *)s->last_state + (my.b * s->channels + k->channel) * s->states;
-                for (int c = 0; c < k->channels; c++)
-                    for (int64_t n = 0; n < s->states; n++) last[c * s->states + n] = k->state[n * WIDTH + c];
-            }
+            for (int64_t i = 0; i < my.blocks; i++) leave_sequence(s, &m.blocks[i], my.b, s->last_state);
     }
 }
 
@@ -563,11 +577,7 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
         start_blocks(p, &m, &my, direction);
         for (int64_t i = 0; i < my.blocks; i++) {
             const block *k = &m.blocks[i];
-            if (s->last_state) {
-                const real *last = (const real *)s->last_state + (my.b * s->channels + k->channel) * s->states;
-                for (int c = 0; c < k->channels; c++)
-                    for (int64_t n = 0; n < s->states; n++) k->state[n * WIDTH + c] = last[c * s->states + n];
-            }
+            if (s->last_state) enter_sequence(s, k, my.b, s->last_state);
             for (int64_t q = p->segments - 1; q > my.segment; q--) pass_segment(p, &m, k, my.b, direction, q);
         }
         for (int64_t chunk = my.end_chunk - 1; chunk >= my.chunk; chunk--) {
@@ -612,6 +622,7 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
         const int64_t columns = s->states + 2, all_rows = s->directions * s->channels;
         for (int64_t i = 0; i < my.blocks; i++) {
             const block *k = &m.blocks[i];
+            if (s->initial_state && my.segment == 0) leave_sequence(s, k, my.b, s->initial_state);
             for (int c = 0; c < k->channels; c++) {
                 real *row = p->partial_rows + ((my.b * p->segments + my.segment) * all_rows + k->row + c) * columns;
                 for (int64_t n = 0; n < s->states; n++) row[n] = k->dA[n * WIDTH + c];
@@ -683,23 +694,6 @@ static int64_t threads_for(const ln_scan *s) {
     return worthwhile < (double)s->threads ? (int64_t)worthwhile : s->threads;
 }
 
-static int check_order(const ln_scan *s) {
-    if (!s->order) return LN_OK;
-    char *seen = malloc((size_t)s->length);
-    if (!seen) return LN_NO_MEMORY;
-    int status = LN_OK;
-    for (int64_t k = 0; k < s->directions && !status; k++) {
-        memset(seen, 0, (size_t)s->length);
-        for (int64_t t = 0; t < s->length && !status; t++) {
-            const int64_t i = s->order[k * s->length + t];
-            if (i < 0 || i >= s->length || seen[i]) status = LN_NOT_A_PERMUTATION;
-            else seen[i] = 1;
-        }
-    }
-    free(seen);
-    return status;
-}
-
 static int allocate_segments(plan *p) {
     const ln_scan *s = p->s;
     const size_t sums = (size_t)(s->batch * s->directions * p->segments * s->channels);
@@ -711,7 +705,7 @@ static int allocate_segments(plan *p) {
 int NAME(scan_forward)(const ln_scan *s) {
     const int64_t threads = threads_for(s);
     plan p = plan_of(s, threads);
-    int status = check_order(s);
+    int status = LN_OK;
     if (!status && p.segments > 1) {
         status = allocate_segments(&p);
         if (!status) status = ln_parallel(threads, task_count(&p), scratch_bytes(&p), forward_segment, &p);
@@ -726,7 +720,7 @@ int NAME(scan_backward)(const ln_scan *s) {
     plan p = plan_of(s, threads);
     const size_t matrices = (size_t)(s->batch * outer_count(s) * s->length * s->states);
     const size_t rows = (size_t)(s->batch * p.segments * s->directions * s->channels * (s->states + 2));
-    int status = check_order(s);
+    int status = LN_OK;
     p.partial_rows = ln_allocate(sizeof(real) * rows);
     p.partial_dBC = ln_allocate(sizeof(real) * 2 * (size_t)(p.ranges - 1) * matrices);
     if (!p.partial_rows || !p.partial_dBC) status = LN_NO_MEMORY;

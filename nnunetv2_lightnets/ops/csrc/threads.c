@@ -1,4 +1,4 @@
-/* Threads: those of torch's own OpenMP runtime where native.py has found it, else POSIX threads made per call.
+/* Threads: those of torch's own OpenMP runtime where native_library.py has found it, else POSIX threads made per call.
  *
  * Borrowing torch's pool matters: its idle threads spin for milliseconds after each parallel operation of torch, and
  * threads of our own would have to share the processor with them. Nothing is linked: GOMP_parallel, which GNU's, LLVM's

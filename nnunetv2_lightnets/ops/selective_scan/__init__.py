@@ -15,6 +15,7 @@ from torch import Tensor
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops.selective_scan import operator as operator
 from nnunetv2_lightnets.ops.selective_scan.dispatch import available_backends, use_backend
+from nnunetv2_lightnets.ops.selective_scan.record import Tensors
 
 __all__ = ["available_backends", "directional_scan", "selective_scan", "use_backend"]
 
@@ -31,6 +32,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: Literal[False] = False,
+    initial_state: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -47,6 +49,7 @@ def selective_scan(
     delta_softplus: bool = False,
     *,
     return_last_state: Literal[True],
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -61,12 +64,13 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan sequences by a linear recurrence whose coefficients depend on the input.
 
     With ``s = softplus(delta + delta_bias)`` (or without softplus), for every channel ``d`` of a group ``g``:
     ``h[t] = exp(s[d, t] A[d]) * h[t - 1] + s[d, t] u[d, t] B[g, :, t]`` and
-    ``out[d, t] = (C[g, :, t] . h[t] + D[d] u[d, t]) * silu(z[d, t])``, starting with ``h = 0``.
+    ``out[d, t] = (C[g, :, t] . h[t] + D[d] u[d, t]) * silu(z[d, t])``, starting with ``h = initial_state`` or 0.
 
     Any strides are taken. Views ``x.transpose(1, 2)`` of (B, L, D) memory are the fastest on CPUs, and the output
     keeps the memory layout of ``u``. Half-precision tensors are computed in float32, under autocast, too; tensors of
@@ -83,35 +87,26 @@ def selective_scan(
         delta_bias: Added to ``delta``, (D,).
         delta_softplus: Whether softplus is applied to ``delta + delta_bias``.
         return_last_state: Whether to return the state after the last token, too.
+        initial_state: The state before the first token, (B, D, N), such as the last state of the tokens before; None
+            for zero.
 
     Returns:
         The output (B, D, L) in the dtype of ``u``; with ``return_last_state``, also (B, D, N) in float32 (float64 for
         float64 inputs).
 
+    A sequence in two parts:
+
+        >>> first, state = selective_scan(u[..., :9], delta[..., :9], A, B[..., :9], C[..., :9], return_last_state=True)
+        >>> rest = selective_scan(u[..., 9:], delta[..., 9:], A, B[..., 9:], C[..., 9:], initial_state=state)
+
     Raises:
         LightNetsError: For shapes or dtypes that do not fit, or a forced backend that cannot take the call.
     """
-    _check_shape("u", u, (None, None, None))
-    batch, channels, length = u.shape
-    _check_shape("A", A, (channels, None))
-    state = A.shape[1]
-    _check_shape("delta", delta, (batch, channels, length))
     if B.dim() == 3:
         B = B.unsqueeze(1)
     if C.dim() == 3:
         C = C.unsqueeze(1)
-    _check_shape("B", B, (batch, None, state, length))
-    _check_shape("C", C, (batch, B.shape[1], state, length))
-    _check_shape("D", D, (channels,))
-    _check_shape("z", z, (batch, channels, length))
-    _check_shape("delta_bias", delta_bias, (channels,))
-    if channels % B.shape[1]:
-        raise LightNetsError(
-            f"selective_scan: B has {B.shape[1]} groups for {channels} channels; their number must divide the channels"
-        )
-    scan = _cast(u, delta, A, B, C, D, z, delta_bias)
-    out, last_state, _ = torch.ops.nnunetv2_lightnets.selective_scan(*scan, delta_softplus, _needs_grad(scan))
-    out = _to(out, u.dtype)
+    out, last_state = _run((u, delta, A, B, C, D, z, delta_bias, initial_state), None, delta_softplus)
     return (out, last_state) if return_last_state else out
 
 
@@ -142,44 +137,25 @@ def directional_scan(
         delta_bias: Added to ``delta``, (K, D).
         delta_softplus: Whether softplus is applied to ``delta + delta_bias``.
         order: Image index of every direction's t-th token, (K, L) in int32; each row must be a permutation of
-            ``range(L)``, which not every backend checks. See :func:`nnunetv2_lightnets.ops.scan_order`.
+            ``range(L)``. See :func:`nnunetv2_lightnets.ops.scan_order`; an order from elsewhere is checked when it is
+            first used, for which a GPU has to be waited for.
 
     Returns:
         (B, D, L) in image order, in the dtype and memory layout of ``u``.
 
     Raises:
-        LightNetsError: For shapes or dtypes that do not fit, or a forced backend that cannot take the call.
+        LightNetsError: For shapes, dtypes or an order that do not fit, or a forced backend that cannot take the call.
     """
-    _check_shape("u", u, (None, None, None))
-    batch, channels, length = u.shape
-    _check_shape("A", A, (None, channels, None))
-    directions, _, state = A.shape
-    _check_shape("delta", delta, (batch, directions, channels, length))
-    _check_shape("B", B, (batch, directions, state, length))
-    _check_shape("C", C, (batch, directions, state, length))
-    _check_shape("D", D, (directions, channels))
-    _check_shape("delta_bias", delta_bias, (directions, channels))
-    _check_shape("order", order, (directions, length))
-    if order.dtype != torch.int32 or order.device != u.device:
-        raise LightNetsError(
-            f"directional_scan: order is {order.dtype} on {order.device}; it must be torch.int32 on {u.device}"
-        )
-    u_cast, delta, A, B, C, D, _, delta_bias = _cast(u, delta, A, B, C, D, None, delta_bias)
-    scan = (u_cast, delta, A, B, C, D, delta_bias)
-    y, _ = torch.ops.nnunetv2_lightnets.directional_scan(*scan, delta_softplus, order, _needs_grad(scan))
-    return _to(y, u.dtype)
+    return _run((u, delta, A, B, C, D, None, delta_bias, None), order, delta_softplus)[0]
 
 
-def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
-    """Compare a shape with the expected one, in which None stands for any positive size."""
-    if tensor is None or tensor.shape == expected:
-        return
-    fits = tensor.dim() == len(expected) and all(
-        size > 0 if wanted is None else size == wanted for size, wanted in zip(tensor.shape, expected, strict=True)
-    )
-    if not fits:
-        wanted_shape = ", ".join("any" if size is None else str(size) for size in expected)
-        raise LightNetsError(f"selective scan: {name} has shape {tuple(tensor.shape)}, expected ({wanted_shape})")
+def _run(tensors: Tensors, order: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor]:
+    """Output in the dtype of ``u``, and last state, of a scan whose tensors may have any floating dtypes."""
+    scan = _cast(*tensors)
+    save_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in scan)
+    operator = torch.ops.nnunetv2_lightnets.selective_scan
+    out, last_state, *_ = operator(*scan, order, delta_softplus, save_states, torch.compiler.is_compiling())
+    return _to(out, tensors[0].dtype), last_state
 
 
 def _cast(
@@ -191,9 +167,10 @@ def _cast(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Tensors with tokens in their widest dtype, parameters in the compute dtype."""
-    for tensor in (u, delta, A, B, C, D, z, delta_bias):
+    initial_state: Tensor | None,
+) -> Tensors:
+    """Tensors with tokens in their widest dtype, parameters and the initial state in the compute dtype."""
+    for tensor in (u, delta, A, B, C, D, z, delta_bias, initial_state):
         if tensor is not None and not tensor.is_floating_point():
             raise LightNetsError(f"selective scan: got {tensor.dtype}; arguments must be real floating-point tensors")
     dtype = u.dtype
@@ -210,13 +187,9 @@ def _cast(
         None if D is None else _to(D, compute),
         None if z is None else _to(z, dtype),
         None if delta_bias is None else _to(delta_bias, compute),
+        None if initial_state is None else _to(initial_state, compute),
     )
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # comparing costs a fraction of the call
-
-
-def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether autograd will ask for gradients, so that states are worth saving."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunetv2_lightnets.ops.selective_scan.layout import CHUNK, compute_dtype, directional_from_plain, n_chunks
+from nnunetv2_lightnets.ops.selective_scan.gather import with_orders, with_orders_backward
+from nnunetv2_lightnets.ops.selective_scan.record import CHUNK, Gradients, Scan, n_chunks, saved_states
+from nnunetv2_lightnets.ops.tensors import in_layout_of
 
 NAME = "torch"
 
@@ -44,16 +46,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> str | None:
+def refuses(scan: Scan) -> str | None:
     """Takes every call."""
     return None
 
@@ -111,14 +104,12 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.view(groups, 1, -1, *x.shape[1:])
 
 
-def _steps(
-    block: _Block, delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, groups: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _steps(block: _Block, scan: Scan, groups: int) -> tuple[Tensor, Tensor]:
     """Step sizes (T, B, G, m, X) before and after softplus; padded tokens take no step and so keep the state."""
-    raw = block.load(delta, groups, dtype)
-    if delta_bias is not None:
-        raw += _grouped(delta_bias, groups)
-    step = F.softplus(raw) if delta_softplus else raw
+    raw = block.load(scan.delta, groups, scan.dtype)
+    if scan.delta_bias is not None:
+        raw += _grouped(scan.delta_bias, groups)
+    step = F.softplus(raw) if scan.delta_softplus else raw
     block.clear_padding(step)
     return raw, step
 
@@ -174,31 +165,22 @@ def _carry(ends: Tensor, total: Tensor, carried: Tensor, chunks: Sequence[int]) 
     return entering
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, D, L), last state (B, D, N) and the states at the start of every chunk (flat)."""
-    dtype = compute_dtype(u)
+@with_orders
+def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, D, L), last state (B, [K,] D, N) and the states before every chunk, (B, K, chunk, N, D) flat."""
+    u, _, A, B, C, D, z, _, initial_state = scan.tensors()
+    dtype = scan.dtype
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
     A2 = _grouped(A * LOG2_E, groups).transpose(2, 3).contiguous()  # (G, 1, N, X)
     B, C = B.flatten(1, 2), C.flatten(1, 2)
     blocks = _blocks(u, state)
-    carried = A.new_zeros(batch, groups, state, channels // groups)
+    carried = _carried_in(initial_state, A, batch, groups)
     decay_room, h_room = _Room(blocks[0], carried), _Room(blocks[0], carried)
     out = torch.empty_like(u)
     saved = A.new_empty(batch, n_chunks(length), state, channels) if save_states else A.new_empty(0)
     for block in blocks:
-        _, step = _steps(block, delta, delta_bias, delta_softplus, groups, dtype)
+        _, step = _steps(block, scan, groups)
         x = block.load(u, groups, dtype)
         (decay, decays), (h, states) = decay_room.of(block), h_room.of(block)
         torch.mul(step.unsqueeze(-2), A2, out=decay).exp2_()
@@ -219,25 +201,15 @@ def forward(
             first = block.start // CHUNK
             target = saved[:, first : first + block.chunks]  # (B, m, N, D)
             target.view(*target.shape[:3], groups, -1).copy_(initial.permute(0, 2, 3, 1, 4))
-    return out, carried.transpose(2, 3).reshape(batch, channels, state), saved.flatten()
+    return out, _carried_out(carried), saved.flatten()
 
 
-def backward(
-    grad_out: Tensor,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    states: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias; the states inside a block are computed again."""
-    dtype = compute_dtype(u)
+@with_orders_backward
+def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
+    """Gradients of the scan's tensors; the states inside a block are computed again."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = scan.tensors()
+    grad_out, grad_last_state = grads
+    dtype = scan.dtype
     batch, channels, length = u.shape
     groups, state = B.shape[1:3]
     A_grouped = _grouped(A, groups).transpose(2, 3).contiguous()  # (G, 1, N, X)
@@ -245,20 +217,18 @@ def backward(
     flat_B, flat_C = B.flatten(1, 2), C.flatten(1, 2)
     blocks = _blocks(u, state)
     # (B, chunk, N, D) -> (B, G, chunk, N, X)
-    saved = states.view(batch, n_chunks(length), state, groups, -1).permute(0, 3, 1, 2, 4)
+    states = saved_states(scan, states, forward).view(batch, n_chunks(length), state, groups, -1)
+    saved = states.permute(0, 3, 1, 2, 4)
 
     du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, flat_B, flat_C))
     dz = None if z is None else torch.empty_like(z)
     dA = torch.zeros_like(A_grouped)
     dD, dbias = torch.zeros_like(A[:, 0]), torch.zeros_like(A[:, 0])
-    if grad_last_state is None:
-        carried = A.new_zeros(batch, groups, state, channels // groups)
-    else:
-        carried = grad_last_state.view(batch, groups, -1, state).transpose(2, 3).contiguous()
+    carried = _carried_in(grad_last_state, A, batch, groups)
     decay_room, h_room, dh_room = (_Room(blocks[0], carried) for _ in range(3))
 
     for block in reversed(blocks):
-        raw, step = _steps(block, delta, delta_bias, delta_softplus, groups, dtype)
+        raw, step = _steps(block, scan, groups)
         x, grad = block.load(u, groups, dtype), block.load(grad_out, groups, dtype)
         B_block, C_block = block.load(flat_B, groups, dtype), block.load(flat_C, groups, dtype)
         first = block.start // CHUNK
@@ -303,7 +273,7 @@ def backward(
             dx += grad * _grouped(D, groups)
             dD += (grad * x).sum((0, 1, 3)).flatten()
         block.store(dx, du)
-        if delta_softplus:
+        if scan.delta_softplus:
             dstep *= torch.where(raw > 20, 1.0, torch.sigmoid(raw))  # torch's softplus is linear above 20
         block.clear_padding(dstep)
         dbias += dstep.sum((0, 1, 3)).flatten()
@@ -312,19 +282,31 @@ def backward(
     return (
         du,
         ddelta,
-        dA.transpose(2, 3).reshape(channels, state),
-        dB.view_as(B),
-        dC.view_as(C),
-        None if D is None else dD,
+        in_layout_of(A, dA.transpose(2, 3).reshape(channels, state)),
+        in_layout_of(B, dB.view_as(B)),
+        in_layout_of(C, dC.view_as(C)),
+        None if D is None else in_layout_of(D, dD),
         dz,
-        None if delta_bias is None else dbias,
+        None if delta_bias is None else in_layout_of(delta_bias, dbias),
+        None if initial_state is None else in_layout_of(initial_state, _carried_out(carried)),
     )
+
+
+def _carried_in(given: Tensor | None, A: Tensor, batch: int, groups: int) -> Tensor:
+    """What enters the sequence, (B, G, N, X): ``given`` (B, D, N), or zero."""
+    channels, state = A.shape
+    if given is None:
+        return A.new_zeros(batch, groups, state, channels // groups)
+    return given.reshape(batch, groups, -1, state).transpose(2, 3).contiguous()
+
+
+def _carried_out(carried: Tensor) -> Tensor:
+    """The inverse of :func:`_carried_in`."""
+    batch, groups, state, channels = carried.shape
+    return carried.transpose(2, 3).reshape(batch, groups * channels, state)
 
 
 def _over_channels(h: Tensor, weight: Tensor) -> Tensor:
     """Sum of ``h`` (T, B, G, m, N, X) over channels by ``weight`` (T, B, G, m, X): (T, B, G, m, N)."""
     # Not h @ weight: matrix times vector is several times slower in MKL's batched products.
     return (weight.unsqueeze(-2) @ h.transpose(-1, -2)).squeeze(-2)
-
-
-directional_forward, directional_backward = directional_from_plain(forward, backward)

@@ -14,6 +14,8 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops.selective_scan.record import Gradients, Scan
+from nnunetv2_lightnets.ops.tensors import in_one_line
 
 ENVIRONMENT_VARIABLE = "NNUNET_LIGHTNETS_SCAN_BACKEND"
 
@@ -26,6 +28,7 @@ _MODULES = {
     "torch": "chunked",
     "reference": "reference",
 }
+NAMES = tuple(_MODULES)
 _PREFERRED = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("native", "torch")}
 _PREFERRED_ELSEWHERE = ("torch",)
 
@@ -35,94 +38,36 @@ _logger = logging.getLogger("nnunetv2_lightnets")
 
 
 class Backend(Protocol):
-    """What the module of a backend offers; B and C are (B, G, N, L), or (B, K, N, L) in directional scans."""
+    """What the module of a backend offers.
+
+    ``forward`` and ``backward`` get only scans that have passed :meth:`Scan.check`, whose ``order`` holds permutations,
+    and that the backend does not refuse. All results have the dtype and memory layout of ``torch.empty_like`` of the
+    tensor that they belong to (the output: of ``u``); the last state is dense, in the dtype of computation.
+    """
 
     NAME: str
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, None if it can."""
 
-    def refuses(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-    ) -> str | None:
+    def refuses(self, scan: Scan) -> str | None:
         """Why it cannot take this call, None if it can."""
 
-    def forward(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        save_states: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, last state, and the states (flat) that :meth:`backward` starts from."""
+    def forward(self, scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (B, D, L), last state (B, [K,] D, N), and what :meth:`backward` needs beside the scan.
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        grad_last_state: Tensor | None,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        states: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of u, delta, A, B, C, D, z and delta_bias; None where the argument is None."""
+        The latter are the states (B, K, chunk, N, D) before all chunks, flat; or empty without ``save_states``, and
+        where a backend needs none.
+        """
 
-    def directional_forward(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        order: Tensor,
-        save_states: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Output, and the states (flat) that :meth:`directional_backward` starts from."""
+    def backward(self, scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
+        """Gradients of the scan's tensors.
 
-    def directional_backward(
-        self,
-        grad_y: Tensor,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        order: Tensor,
-        states: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of u, delta, A, B, C, D and delta_bias; None where the argument is None."""
-
-
-def in_one_line(error: Exception) -> str:
-    """An error's type and the first line of its text; those of CUDA go on for many."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        Args:
+            scan: The scan.
+            grads: Gradients of the output, (B, D, L), and of the last state, (B, [K,] D, N).
+            states: What :meth:`forward` of the same backend has saved; empty if it was not told to.
+        """
 
 
 @cache
@@ -157,7 +102,8 @@ def _check_name(name: str, source: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend for the scans of this thread (or task) inside the ``with`` block, and for their gradients.
 
-    The backend is looked up when a scan runs, so a compiled or exported model obeys, too.
+    The backend is looked up when a scan runs, so a compiled or exported model obeys, too. Gradients are computed by it
+    wherever and whenever they are asked for.
 
     Args:
         name: A key of :func:`available_backends`.
@@ -183,44 +129,52 @@ def forced_backend() -> str:
     return name
 
 
-def choose(
-    forced: str,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> Backend:
-    """The backend for a call: ``forced``, or the first of this device's that accepts.
+def _accepting(name: str, scan: Scan) -> Backend | str:
+    """A backend that takes the scan here, or the reason why it does not."""
+    backend = _find(name)
+    if isinstance(backend, str):
+        return backend
+    return backend.refuses(scan) or backend
+
+
+def choose(scan: Scan, forced: str = "") -> Backend:
+    """The backend for a call: the one that is forced, or the first of this device's that accepts.
+
+    Args:
+        scan: The scan.
+        forced: A backend's name; "" for what :func:`forced_backend` says.
 
     Raises:
-        LightNetsError: If ``forced`` cannot run here or refuses the call.
+        LightNetsError: If the forced one cannot run here or refuses the call.
     """
-    if forced:
-        backend = _find(forced)
-        refusal = backend if isinstance(backend, str) else backend.refuses(u, delta, A, B, C, D, z, delta_bias)
-        if refusal is not None or isinstance(backend, str):
-            raise LightNetsError(
-                f"the forced scan backend {forced!r} cannot take this call: {refusal}; "
-                f"force another, or none (use_backend, {ENVIRONMENT_VARIABLE})"
-            )
-        return _announce(backend, u.device.type, "forced")
+    forced = forced or forced_backend()
+    device = scan.u.device.type
     refusals: list[str] = []
-    for name in _PREFERRED.get(u.device.type, _PREFERRED_ELSEWHERE):
-        backend = _find(name)
-        refusal = backend if isinstance(backend, str) else backend.refuses(u, delta, A, B, C, D, z, delta_bias)
-        if refusal is None and not isinstance(backend, str):
-            return _announce(backend, u.device.type, "; ".join(refusals) or "the fastest for this device")
-        refusals.append(f"{name}: {refusal}")
-    raise LightNetsError(f"no scan backend takes this call on {u.device.type}: {'; '.join(refusals)}")
+    for name in (forced,) if forced else _PREFERRED.get(device, _PREFERRED_ELSEWHERE):
+        backend = _accepting(name, scan)
+        if not isinstance(backend, str):
+            if (device, name) not in _announced:
+                _announce(device, name, forced, "; ".join(refusals))
+            return backend
+        refusals.append(f"{name}: {backend}")
+    if forced:
+        reason = refusals[0].removeprefix(f"{forced}: ")
+        raise LightNetsError(
+            f"the forced scan backend {forced!r} cannot take this call: {reason}; "
+            f"force another, or none (use_backend, {ENVIRONMENT_VARIABLE})"
+        )
+    raise LightNetsError(f"no scan backend takes this call on {device}: {'; '.join(refusals)}")
 
 
-def _announce(backend: Backend, device: str, why: str) -> Backend:
-    """Log the choice, once for each device and backend."""
-    if (device, backend.NAME) not in _announced:
-        _announced.add((device, backend.NAME))
-        _logger.info("selective scan on %s: backend %r (%s)", device, backend.NAME, why)
-    return backend
+def _announce(device: str, name: str, forced: str, refusals: str) -> None:
+    """Log a choice, once for each device and backend; a slow one on a GPU where everybody sees it."""
+    _announced.add((device, name))
+    if (device, name) == ("cuda", "torch") and not forced:
+        _logger.warning(
+            "selective scan on a GPU falls back to the slow backend 'torch' (%s). Triton comes with torch on Linux, "
+            "and needs a C compiler (gcc) the first time it runs; `nnUNetv2_lightnets doctor` checks what is there",
+            refusals,
+        )
+    else:
+        why = "forced" if forced else refusals or "the fastest for this device"
+        _logger.info("selective scan on %s: backend %r (%s)", device, name, why)

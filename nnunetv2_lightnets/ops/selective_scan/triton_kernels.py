@@ -10,12 +10,12 @@ Names used throughout:
   states of each (padded to ``BLOCK_N``, a power of two). The states, an (N, BLOCK_D) tile ``h``, stay in its registers.
 * Inputs per channel and token come as (BLOCK_D, tokens) tiles: whichever of the two axes is the contiguous one in
   memory, a warp moves whole sectors, and the loads of a tile are in flight together.
-* ``rates`` holds A * log2(e), (directions, N, channels), so that a decay is one exp2.
+* ``A_log2e`` holds A * log2(e), (directions, N, channels), so that a decay is one exp2.
 * ``order`` (directions, L), where given, holds the position in memory of each token; ``None``: tokens lie in order.
 * ``ACC`` is the compute dtype.
 
 Padding needs no special cases: tokens past the end have a step size of 0 (decay 1, input 0), padded states and
-channels have inputs and gradients of 0. Positions and channels are 64-bit where they enter an address.
+channels have inputs and gradients of 0. Offsets and channels are 64-bit where they enter an address.
 """
 
 from __future__ import annotations
@@ -75,44 +75,44 @@ def sigmoid(x):
 
 
 @triton.jit
-def positions(order_row, t, length):
-    """Positions in memory (64-bit) of the tokens t."""
-    if order_row is None:  # noqa: SIM108 (Triton compiles only the branch that is taken here)
-        place = tl.cast(t, tl.int64)
+def offsets(order_row, t, length):
+    """Offsets in memory (64-bit, in tokens) of the tokens t."""
+    if order_row is None:
+        offset = tl.cast(t, tl.int64)
     else:
-        place = tl.load(order_row + t, mask=t < length, other=0).to(tl.int64)
-    return place
+        offset = tl.load(order_row + t, mask=t < length, other=0).to(tl.int64)
+    return offset
 
 
 @triton.jit
-def load_tile(rows, place, stride_l, real, ACC: tl.constexpr):
-    """A (BLOCK_D, tokens) tile of u, delta, z or an output's gradient; 0 where not real."""
-    return tl.load(rows[:, None] + (place * stride_l)[None, :], mask=real, other=0.0).to(ACC)
+def load_tile(rows, offset, stride_l, mask, ACC: tl.constexpr):
+    """A (BLOCK_D, tokens) tile of u, delta, z or an output's gradient; 0 where the mask is not set."""
+    return tl.load(rows[:, None] + (offset * stride_l)[None, :], mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def store_tile(rows, place, stride_l, tile, real):
+def store_tile(rows, offset, stride_l, tile, mask):
     """Write a (BLOCK_D, tokens) tile in the dtype of the memory."""
-    tl.store(rows[:, None] + (place * stride_l)[None, :], tile.to(rows.dtype.element_ty), mask=real)
+    tl.store(rows[:, None] + (offset * stride_l)[None, :], tile.to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_vector(rows, order_row, t, length, stride_l, n_real, ACC: tl.constexpr):
+def load_vector(rows, order_row, t, length, stride_l, n_mask, ACC: tl.constexpr):
     """B or C of token t, (N,); 0 past the end."""
-    place = positions(order_row, t, length)
-    return tl.load(rows + place * stride_l, mask=n_real & (t < length), other=0.0).to(ACC)
+    offset = offsets(order_row, t, length)
+    return tl.load(rows + offset * stride_l, mask=n_mask & (t < length), other=0.0).to(ACC)
 
 
 @triton.jit
-def step_sizes(delta_tile, bias, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, real):
-    """Step sizes of a (BLOCK_D, tokens) tile before and after softplus; 0 where not real."""
+def step_sizes(delta_tile, bias, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, mask):
+    """Step sizes of a (BLOCK_D, tokens) tile before and after softplus; 0 where the mask is not set."""
     raw = delta_tile
     if bias is not None:
         raw += bias[:, None]
     dt = raw
     if SOFTPLUS:
         dt = softplus(raw, TERMS)
-    return raw, tl.where(real, dt, 0.0)
+    return raw, tl.where(mask, dt, 0.0)
 
 
 @triton.jit
@@ -122,22 +122,20 @@ def advance(h, a, dt, x, b):
 
 
 @triton.jit
-def retreat(carry, a, dt, dy, c):
-    """One token backwards: the adjoint of h[t - 1], given ``carry``, what the tokens after t ask of h[t]."""
+def adjoint_step(carry, a, dt, dy, c):
+    """One token backwards: the gradient of h[t - 1], given ``carry``, what later tokens pass back as that of h[t]."""
     return tl.exp2(a * dt[None, :]) * (carry + c[:, None] * dy[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
-def segment_ends_kernel(
-    u, delta, rates, b, bias, order,  # read
-    ends, dt_sums,  # written
-    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l,
-    directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
+@triton.jit
+def locate(
+    directions, channels, channels_per_group, blocks, blocks_per_group, segments,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Forward, pass 1: each segment's end state when it starts from zero, and the sum of its step sizes."""
-    # Channel blocks run fastest, so that programs that share B and C run at the same time.
+    """Which segment of which sequence, and which states and channels, a program works on.
+
+    Channel blocks run fastest, so that programs that share B and C run at the same time.
+    """
     program = tl.program_id(0)
     block = program % blocks
     segment = (program // blocks) % segments
@@ -145,20 +143,34 @@ def segment_ends_kernel(
     group = block // blocks_per_group
     in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
     d = (group * channels_per_group + in_group).to(tl.int64)
-    d_real = in_group < channels_per_group
-    batch = sequence // directions
-    k = sequence % directions
+    d_mask = in_group < channels_per_group
     n = tl.arange(0, BLOCK_N).to(tl.int64)
-    n_real = n < N
+    n_mask = n < N
     nd = n[:, None] * channels + d[None, :]
-    nd_real = n_real[:, None] & d_real[None, :]
-    a = tl.load(rates + k * N * channels + nd, mask=nd_real, other=0.0)
+    nd_mask = n_mask[:, None] & d_mask[None, :]
+    return segment, sequence, sequence // directions, sequence % directions, group, d, d_mask, n, n_mask, nd, nd_mask
+
+
+@triton.jit(do_not_specialize=SIZES)
+def segment_ends_kernel(
+    u, delta, A_log2e, b, bias, order,  # read
+    ends, dt_sums,  # written
+    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l,
+    directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Forward, pass 1: each segment's end state when it starts from zero, and the sum of its step sizes."""
+    segment, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
+        directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
+    )
+    a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
     order_row = order
     if order is not None:
         order_row = order + k * length
     step_bias = bias
     if bias is not None:
-        step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+        step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
     b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
@@ -168,31 +180,31 @@ def segment_ends_kernel(
     first = segment * segment_tokens
     for t0 in range(first, tl.minimum(first + segment_tokens, length), TILE):
         t = t0 + tl.arange(0, TILE)
-        place = positions(order_row, t, length)
-        real = d_real[:, None] & (t < length)[None, :]
-        delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
-        u_tile = load_tile(u_rows, place, u_l, real, ACC)
-        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+        offset = offsets(order_row, t, length)
+        mask = d_mask[:, None] & (t < length)[None, :]
+        delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
+        u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
+        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
         dt_sum += dt
         dt0, dt1, dt2, dt3 = split_tokens(dt)
         x0, x1, x2, x3 = split_tokens(dt * u_tile)
-        b0 = load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC)
-        b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC)
-        b2 = load_vector(b_rows, order_row, t0 + 2, length, b_l, n_real, ACC)
-        b3 = load_vector(b_rows, order_row, t0 + 3, length, b_l, n_real, ACC)
+        b0 = load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC)
+        b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC)
+        b2 = load_vector(b_rows, order_row, t0 + 2, length, b_l, n_mask, ACC)
+        b3 = load_vector(b_rows, order_row, t0 + 3, length, b_l, n_mask, ACC)
         h = advance(h, a, dt0, x0, b0)
         h = advance(h, a, dt1, x1, b1)
         h = advance(h, a, dt2, x2, b2)
         h = advance(h, a, dt3, x3, b3)
 
     row = sequence * segments + segment
-    tl.store(ends + row * N * channels + nd, h, mask=nd_real)
-    tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_real)
+    tl.store(ends + row * N * channels + nd, h, mask=nd_mask)
+    tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    u, delta, rates, b, c, skip, z, bias, order, starts,  # read
+    u, delta, A_log2e, b, c, skip, z, bias, order, starts,  # read
     out, states, last_state,  # written
     u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l, c_batch, c_row, c_n, c_l,
     z_batch, z_d, z_l, out_batch, out_k, out_d, out_l,
@@ -201,30 +213,18 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Forward, pass 3: outputs, checkpoints and last state of each segment from its start state."""
-    # Channel blocks run fastest, so that programs that share B and C run at the same time.
-    program = tl.program_id(0)
-    block = program % blocks
-    segment = (program // blocks) % segments
-    sequence = (program // (blocks * segments)).to(tl.int64)
-    group = block // blocks_per_group
-    in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
-    d = (group * channels_per_group + in_group).to(tl.int64)
-    d_real = in_group < channels_per_group
-    batch = sequence // directions
-    k = sequence % directions
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    n_real = n < N
-    nd = n[:, None] * channels + d[None, :]
-    nd_real = n_real[:, None] & d_real[None, :]
-    a = tl.load(rates + k * N * channels + nd, mask=nd_real, other=0.0)
+    segment, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
+        directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
+    )
+    a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
     order_row = order
     if order is not None:
         order_row = order + k * length
     step_bias = bias
     if bias is not None:
-        step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+        step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     if skip is not None:
-        skip_d = tl.load(skip + k * channels + d, mask=d_real, other=0.0)
+        skip_d = tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
     b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
@@ -236,70 +236,70 @@ def forward_kernel(
     if starts is None:
         h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     else:
-        h = tl.load(starts + (sequence * segments + segment) * N * channels + nd, mask=nd_real, other=0.0)
+        h = tl.load(starts + (sequence * segments + segment) * N * channels + nd, mask=nd_mask, other=0.0)
     first = segment * segment_tokens
     end = tl.minimum(first + segment_tokens, length)
     for chunk_start in range(first, end, CHUNK):
         if states is not None:
-            tl.store(states + (sequence * chunks + chunk_start // CHUNK) * N * channels + nd, h, mask=nd_real)
+            tl.store(states + (sequence * chunks + chunk_start // CHUNK) * N * channels + nd, h, mask=nd_mask)
         for t0 in range(chunk_start, tl.minimum(chunk_start + CHUNK, end), TILE):
             t = t0 + tl.arange(0, TILE)
-            place = positions(order_row, t, length)
-            real = d_real[:, None] & (t < length)[None, :]
-            delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
-            u_tile = load_tile(u_rows, place, u_l, real, ACC)
-            _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+            offset = offsets(order_row, t, length)
+            mask = d_mask[:, None] & (t < length)[None, :]
+            delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
+            u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
+            _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
             dt0, dt1, dt2, dt3 = split_tokens(dt)
             x0, x1, x2, x3 = split_tokens(dt * u_tile)
-            h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC))
-            y0 = tl.sum(h * load_vector(c_rows, order_row, t0, length, c_l, n_real, ACC)[:, None], 0)
-            h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC))
-            y1 = tl.sum(h * load_vector(c_rows, order_row, t0 + 1, length, c_l, n_real, ACC)[:, None], 0)
-            h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_real, ACC))
-            y2 = tl.sum(h * load_vector(c_rows, order_row, t0 + 2, length, c_l, n_real, ACC)[:, None], 0)
-            h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_real, ACC))
-            y3 = tl.sum(h * load_vector(c_rows, order_row, t0 + 3, length, c_l, n_real, ACC)[:, None], 0)
+            h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC))
+            y0 = tl.sum(h * load_vector(c_rows, order_row, t0, length, c_l, n_mask, ACC)[:, None], 0)
+            h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC))
+            y1 = tl.sum(h * load_vector(c_rows, order_row, t0 + 1, length, c_l, n_mask, ACC)[:, None], 0)
+            h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_mask, ACC))
+            y2 = tl.sum(h * load_vector(c_rows, order_row, t0 + 2, length, c_l, n_mask, ACC)[:, None], 0)
+            h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_mask, ACC))
+            y3 = tl.sum(h * load_vector(c_rows, order_row, t0 + 3, length, c_l, n_mask, ACC)[:, None], 0)
             y = join_tokens(y0, y1, y2, y3)
             if skip is not None:
                 y += skip_d[:, None] * u_tile
             if z is not None:
-                gate = load_tile(z_rows, place, z_l, real, ACC)
+                gate = load_tile(z_rows, offset, z_l, mask, ACC)
                 y *= gate * sigmoid(gate)
-            store_tile(out_rows, place, out_l, y, real)
+            store_tile(out_rows, offset, out_l, y, mask)
 
     if last_state is not None and end == length:
         last = last_state + (sequence * channels + d[None, :]) * N + n[:, None]
-        tl.store(last, h, mask=nd_real)
+        tl.store(last, h, mask=nd_mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_kernel(
-    ends, dt_sums, rates, first_states,  # read
-    starts, group_ends, group_dt_sums,  # written
+    ends, dt_sums, A_log2e, first_states,  # read
+    starts, run_ends, run_dt_sums,  # written
     directions, channels, segments, run, runs, REVERSE: tl.constexpr,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: the state with which each segment starts, from all segments' end states and step size sums.
 
     A program walks one run of ``run`` consecutive segments, from the last to the first where ``REVERSE`` (the adjoint
-    state flows that way). It writes the start states, or, where ``group_ends`` is given, the run's own end state and
+    state flows that way). It writes the start states, or, where ``run_ends`` is given, the run's own end state and
     step size sum: many segments are first reduced to runs, which are scanned the same way.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_D)
     d = ((program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    d_real = d < channels
+    d_mask = d < channels
     this_run = (program // blocks) % runs
     sequence = (program // (blocks * runs)).to(tl.int64)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
-    n_real = n < N
+    n_mask = n < N
     nd = n[:, None] * channels + d[None, :]
-    nd_real = n_real[:, None] & d_real[None, :]
-    a = tl.load(rates + (sequence % directions) * N * channels + nd, mask=nd_real, other=0.0)
+    nd_mask = n_mask[:, None] & d_mask[None, :]
+    a = tl.load(A_log2e + (sequence % directions) * N * channels + nd, mask=nd_mask, other=0.0)
     if first_states is None:
         h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     else:
-        h = tl.load(first_states + (sequence * runs + this_run) * N * channels + nd, mask=nd_real, other=0.0)
+        h = tl.load(first_states + (sequence * runs + this_run) * N * channels + nd, mask=nd_mask, other=0.0)
     dt_sum = tl.zeros((BLOCK_D,), ACC)
     first = this_run * run
     count = tl.minimum(run, segments - first)
@@ -308,20 +308,20 @@ def carry_kernel(
         if REVERSE:
             segment = first + count - 1 - i
         row = sequence * segments + segment
-        dt = tl.load(dt_sums + row * channels + d, mask=d_real, other=0.0)
+        dt = tl.load(dt_sums + row * channels + d, mask=d_mask, other=0.0)
         if starts is not None:
-            tl.store(starts + row * N * channels + nd, h, mask=nd_real)
-        h = tl.exp2(a * dt[None, :]) * h + tl.load(ends + row * N * channels + nd, mask=nd_real, other=0.0)
+            tl.store(starts + row * N * channels + nd, h, mask=nd_mask)
+        h = tl.exp2(a * dt[None, :]) * h + tl.load(ends + row * N * channels + nd, mask=nd_mask, other=0.0)
         dt_sum += dt
-    if group_ends is not None:
+    if run_ends is not None:
         row = sequence * runs + this_run
-        tl.store(group_ends + row * N * channels + nd, h, mask=nd_real)
-        tl.store(group_dt_sums + row * channels + d, dt_sum, mask=d_real)
+        tl.store(run_ends + row * N * channels + nd, h, mask=nd_mask)
+        tl.store(run_dt_sums + row * channels + d, dt_sum, mask=d_mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def adjoint_ends_kernel(
-    grad_out, delta, rates, c, z, bias, order,  # read
+    grad_out, delta, A_log2e, c, z, bias, order,  # read
     ends, dt_sums,  # written
     grad_batch, grad_d, grad_l, delta_batch, delta_k, delta_d, delta_l, c_batch, c_row, c_n, c_l, z_batch, z_d, z_l,
     directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
@@ -329,28 +329,16 @@ def adjoint_ends_kernel(
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Backward, pass 1: the adjoint state that each segment hands to the one before it when it receives zero."""
-    # Channel blocks run fastest, so that programs that share B and C run at the same time.
-    program = tl.program_id(0)
-    block = program % blocks
-    segment = (program // blocks) % segments
-    sequence = (program // (blocks * segments)).to(tl.int64)
-    group = block // blocks_per_group
-    in_group = (block % blocks_per_group) * BLOCK_D + tl.arange(0, BLOCK_D)
-    d = (group * channels_per_group + in_group).to(tl.int64)
-    d_real = in_group < channels_per_group
-    batch = sequence // directions
-    k = sequence % directions
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    n_real = n < N
-    nd = n[:, None] * channels + d[None, :]
-    nd_real = n_real[:, None] & d_real[None, :]
-    a = tl.load(rates + k * N * channels + nd, mask=nd_real, other=0.0)
+    segment, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
+        directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
+    )
+    a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
     order_row = order
     if order is not None:
         order_row = order + k * length
     step_bias = bias
     if bias is not None:
-        step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+        step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     grad_rows = grad_out + batch * grad_batch + d * grad_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
     c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
@@ -364,37 +352,37 @@ def adjoint_ends_kernel(
     for i in range(tiles):
         t0 = first + (tiles - 1 - i) * TILE
         t = t0 + tl.arange(0, TILE)
-        place = positions(order_row, t, length)
-        real = d_real[:, None] & (t < length)[None, :]
-        delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
-        dy = load_tile(grad_rows, place, grad_l, real, ACC)
+        offset = offsets(order_row, t, length)
+        mask = d_mask[:, None] & (t < length)[None, :]
+        delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
+        dy = load_tile(grad_rows, offset, grad_l, mask, ACC)
         if z is not None:
-            gate = load_tile(z_rows, place, z_l, real, ACC)
+            gate = load_tile(z_rows, offset, z_l, mask, ACC)
             dy *= gate * sigmoid(gate)
-        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
         dt_sum += dt
         dt0, dt1, dt2, dt3 = split_tokens(dt)
         dy0, dy1, dy2, dy3 = split_tokens(dy)
-        c0 = load_vector(c_rows, order_row, t0, length, c_l, n_real, ACC)
-        c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_real, ACC)
-        c2 = load_vector(c_rows, order_row, t0 + 2, length, c_l, n_real, ACC)
-        c3 = load_vector(c_rows, order_row, t0 + 3, length, c_l, n_real, ACC)
-        carry = retreat(carry, a, dt3, dy3, c3)
-        carry = retreat(carry, a, dt2, dy2, c2)
-        carry = retreat(carry, a, dt1, dy1, c1)
-        carry = retreat(carry, a, dt0, dy0, c0)
+        c0 = load_vector(c_rows, order_row, t0, length, c_l, n_mask, ACC)
+        c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_mask, ACC)
+        c2 = load_vector(c_rows, order_row, t0 + 2, length, c_l, n_mask, ACC)
+        c3 = load_vector(c_rows, order_row, t0 + 3, length, c_l, n_mask, ACC)
+        carry = adjoint_step(carry, a, dt3, dy3, c3)
+        carry = adjoint_step(carry, a, dt2, dy2, c2)
+        carry = adjoint_step(carry, a, dt1, dy1, c1)
+        carry = adjoint_step(carry, a, dt0, dy0, c0)
 
     row = sequence * segments + segment
-    tl.store(ends + row * N * channels + nd, carry, mask=nd_real)
-    tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_real)
+    tl.store(ends + row * N * channels + nd, carry, mask=nd_mask)
+    tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_mask)
 
 
 @triton.jit
 def token_gradients(carry, da, a, decay, previous, dt, u, dy, b, c):
-    """Gradients of one token, given ``carry``, what the tokens after it ask of h[t].
+    """Gradients of one token, given ``carry``, the gradient of h[t] that later tokens pass back.
 
-    ``previous`` is h[t - 1], ``decay`` exp(dt A). Returns what h[t - 1] is asked for, the sum for dA, and the token's
-    dB (N,), du without the skip connection, and d(dt) (BLOCK_D,).
+    ``previous`` is h[t - 1], ``decay`` exp(dt A). Returns the gradient that the token passes back to h[t - 1], the sum
+    for dA, and the token's dB (N,), du without the skip connection, and d(dt) (BLOCK_D,).
     """
     g = carry + c[:, None] * dy[None, :]  # adjoint of h[t]
     db = tl.sum(g * (dt * u)[None, :], 1)
@@ -407,7 +395,7 @@ def token_gradients(carry, da, a, decay, previous, dt, u, dy, b, c):
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    grad_out, u, delta, rates, b, c, skip, z, bias, order, states,  # read
+    grad_out, u, delta, A_log2e, b, c, skip, z, bias, order, states,  # read
     carries, scratch,  # read and written
     du, ddelta, db, dc, dz, da, dskip, dbias,  # written; da, dskip, dbias added to
     grad_batch, grad_d, grad_l, u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l,
@@ -436,15 +424,16 @@ def backward_kernel(
     batch = sequence // directions
     k = sequence % directions
     row = sequence * segments + segment
-    n = tl.arange(0, BLOCK_N)
-    n_real = n < N
+    n = tl.arange(0, BLOCK_N)  # 32-bit in the (N, BLOCK_D) tiles below, which would need too many registers else
+    n_mask = n < N
     order_row = order
     if order is not None:
         order_row = order + k * length
-    b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
-    c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
-    db_rows = db + part * db_part + batch * db_batch + (k + group) * db_row + n * db_n
-    dc_rows = dc + part * dc_part + batch * dc_batch + (k + group) * dc_row + n * dc_n
+    long_n, long_part = n.to(tl.int64), part.to(tl.int64)
+    b_rows = b + batch * b_batch + (k + group) * b_row + long_n * b_n
+    c_rows = c + batch * c_batch + (k + group) * c_row + long_n * c_n
+    db_rows = db + long_part * db_part + batch * db_batch + (k + group) * db_row + long_n * db_n
+    dc_rows = dc + long_part * dc_part + batch * dc_batch + (k + group) * dc_row + long_n * dc_n
     own = scratch + program.to(tl.int64) * (TILES * BLOCK_N * BLOCK_D)
     own += (tl.arange(0, BLOCK_N) * BLOCK_D)[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
@@ -456,16 +445,16 @@ def backward_kernel(
         for block in range(part, blocks_per_group, parts):
             in_group = block * BLOCK_D + tl.arange(0, BLOCK_D)
             d = (group * channels_per_group + in_group).to(tl.int64)
-            d_real = in_group < channels_per_group
+            d_mask = in_group < channels_per_group
             nd = n[:, None] * channels + (in_group - block * BLOCK_D)[None, :]
             first_d = (group * channels_per_group + block * BLOCK_D).to(tl.int64)
-            nd_real = n_real[:, None] & d_real[None, :]
-            a = tl.load(rates + k * N * channels + first_d + nd, mask=nd_real, other=0.0)
+            nd_mask = n_mask[:, None] & d_mask[None, :]
+            a = tl.load(A_log2e + k * N * channels + first_d + nd, mask=nd_mask, other=0.0)
             step_bias = bias
             if bias is not None:
-                step_bias = tl.load(bias + k * channels + d, mask=d_real, other=0.0)
+                step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
             if skip is not None:
-                skip_d = tl.load(skip + k * channels + d, mask=d_real, other=0.0)
+                skip_d = tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
             grad_rows = grad_out + batch * grad_batch + d * grad_d
             u_rows = u + batch * u_batch + d * u_d
             delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
@@ -476,26 +465,26 @@ def backward_kernel(
                 dz_rows = dz + batch * dz_batch + d * dz_d
 
             checkpoint = (sequence * chunks + chunk_start // CHUNK) * N * channels
-            h = tl.load(states + checkpoint + first_d + nd, mask=nd_real, other=0.0)
+            h = tl.load(states + checkpoint + first_d + nd, mask=nd_mask, other=0.0)
             tl.store(own, h)
             for i in range(1, tiles):
                 t0 = chunk_start + (i - 1) * TILE  # whole tiles: only the last one can be short
                 t = t0 + tl.arange(0, TILE)
-                place = positions(order_row, t, length)
-                real = d_real[:, None] & (t < length)[None, :]
-                u_tile = load_tile(u_rows, place, u_l, real, ACC)
-                delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
-                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+                offset = offsets(order_row, t, length)
+                mask = d_mask[:, None] & (t < length)[None, :]
+                u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
+                delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
+                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
                 dt0, dt1, dt2, dt3 = split_tokens(dt)
                 x0, x1, x2, x3 = split_tokens(dt * u_tile)
-                h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC))
-                h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC))
-                h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_real, ACC))
-                h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_real, ACC))
+                h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC))
+                h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC))
+                h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_mask, ACC))
+                h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_mask, ACC))
                 tl.store(own + i * (BLOCK_N * BLOCK_D), h)
             tl.debug_barrier()  # one lane may read what another has written
 
-            carry = tl.load(carries + row * N * channels + first_d + nd, mask=nd_real, other=0.0)
+            carry = tl.load(carries + row * N * channels + first_d + nd, mask=nd_mask, other=0.0)
             da_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
             dskip_sum = tl.zeros((BLOCK_D, 2), ACC)
             dbias_sum = tl.zeros((BLOCK_D, 2), ACC)
@@ -504,82 +493,82 @@ def backward_kernel(
                 tile_start = tl.load(own + i * (BLOCK_N * BLOCK_D))
                 t0 = chunk_start + i * TILE
                 t = t0 + tl.arange(0, 2)
-                place = positions(order_row, t, length)
-                real = d_real[:, None] & (t < length)[None, :]
-                u_tile = load_tile(u_rows, place, u_l, real, ACC)
-                delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
-                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+                offset = offsets(order_row, t, length)
+                mask = d_mask[:, None] & (t < length)[None, :]
+                u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
+                delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
+                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
                 dt0, dt1 = tl.split(dt)
                 x0, x1 = tl.split(dt * u_tile)
-                b0 = load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC)
-                b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC)
+                b0 = load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC)
+                b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC)
                 tile_middle = advance(advance(tile_start, a, dt0, x0, b0), a, dt1, x1, b1)
 
                 h0 = tile_middle
                 for half in range(2):
                     t0 = chunk_start + i * TILE + 2 - 2 * half
                     t = t0 + tl.arange(0, 2)
-                    place = positions(order_row, t, length)
-                    real = d_real[:, None] & (t < length)[None, :]
-                    part_real = n_real[:, None] & (t < length)[None, :]
-                    sum_real = part_real & (block > part)  # the first block starts the sums
-                    db_place = db_rows[:, None] + (place * db_l)[None, :]
-                    dc_place = dc_rows[:, None] + (place * dc_l)[None, :]
-                    db_sum = tl.load(db_place, mask=sum_real, other=0.0)
-                    dc_sum = tl.load(dc_place, mask=sum_real, other=0.0)
-                    delta_tile = load_tile(delta_rows, place, delta_l, real, ACC)
-                    u_tile = load_tile(u_rows, place, u_l, real, ACC)
-                    dy = load_tile(grad_rows, place, grad_l, real, ACC)
+                    offset = offsets(order_row, t, length)
+                    mask = d_mask[:, None] & (t < length)[None, :]
+                    tile_mask = n_mask[:, None] & (t < length)[None, :]
+                    sum_mask = tile_mask & (block > part)  # the first block starts the sums
+                    db_pointers = db_rows[:, None] + (offset * db_l)[None, :]
+                    dc_pointers = dc_rows[:, None] + (offset * dc_l)[None, :]
+                    db_sum = tl.load(db_pointers, mask=sum_mask, other=0.0)
+                    dc_sum = tl.load(dc_pointers, mask=sum_mask, other=0.0)
+                    delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
+                    u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
+                    dy = load_tile(grad_rows, offset, grad_l, mask, ACC)
                     if z is not None:
-                        gate = load_tile(z_rows, place, z_l, real, ACC)
+                        gate = load_tile(z_rows, offset, z_l, mask, ACC)
                         gate_sigmoid = sigmoid(gate)
                         dgate = dy * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
                         dy *= gate * gate_sigmoid
-                    raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, real)
+                    raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
                     dt0, dt1 = tl.split(dt)
                     u0, u1 = tl.split(u_tile)
                     dy0, dy1 = tl.split(dy)
-                    b0 = load_vector(b_rows, order_row, t0, length, b_l, n_real, ACC)
-                    b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_real, ACC)
-                    c0 = load_vector(c_rows, order_row, t0, length, c_l, n_real, ACC)
-                    c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_real, ACC)
+                    b0 = load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC)
+                    b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC)
+                    c0 = load_vector(c_rows, order_row, t0, length, c_l, n_mask, ACC)
+                    c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_mask, ACC)
                     decay0 = tl.exp2(a * dt0[None, :])
                     decay1 = tl.exp2(a * dt1[None, :])
                     h1 = decay0 * h0 + b0[:, None] * (dt0 * u0)[None, :]
                     h2 = decay1 * h1 + b1[:, None] * (dt1 * u1)[None, :]
                     dc_tile = tl.join(tl.sum(h1 * dy0[None, :], 1), tl.sum(h2 * dy1[None, :], 1))
-                    tl.store(dc_place, dc_sum + dc_tile, mask=part_real)
+                    tl.store(dc_pointers, dc_sum + dc_tile, mask=tile_mask)
                     if z is not None:
                         y = tl.join(tl.sum(h1 * c0[:, None], 0), tl.sum(h2 * c1[:, None], 0))
                         if skip is not None:
                             y += skip_d[:, None] * u_tile
-                        store_tile(dz_rows, place, dz_l, dgate * y, real)
+                        store_tile(dz_rows, offset, dz_l, dgate * y, mask)
 
                     carry, da_sum, db1, du1, ddt1 = token_gradients(carry, da_sum, a, decay1, h1, dt1, u1, dy1, b1, c1)
                     carry, da_sum, db0, du0, ddt0 = token_gradients(carry, da_sum, a, decay0, h0, dt0, u0, dy0, b0, c0)
-                    tl.store(db_place, db_sum + tl.join(db0, db1), mask=part_real)
+                    tl.store(db_pointers, db_sum + tl.join(db0, db1), mask=tile_mask)
                     ddt = tl.join(ddt0, ddt1)
                     if SOFTPLUS:
                         ddt = tl.where(raw > 20.0, ddt, ddt * sigmoid(raw))
                     if bias is not None:
-                        dbias_sum += tl.where(real, ddt, 0.0)
-                    store_tile(ddelta_rows, place, ddelta_l, ddt, real)
+                        dbias_sum += tl.where(mask, ddt, 0.0)
+                    store_tile(ddelta_rows, offset, ddelta_l, ddt, mask)
                     du_tile = tl.join(du0, du1)
                     if skip is not None:
                         du_tile += skip_d[:, None] * dy
                         dskip_sum += dy * u_tile
-                    store_tile(du_rows, place, du_l, du_tile, real)
+                    store_tile(du_rows, offset, du_l, du_tile, mask)
                     h0 = tile_start
 
-            tl.store(carries + row * N * channels + first_d + nd, carry, mask=nd_real)
-            da_place = da + row * N * channels + first_d + nd
-            tl.store(da_place, tl.load(da_place, mask=nd_real, other=0.0) + da_sum, mask=nd_real)
+            tl.store(carries + row * N * channels + first_d + nd, carry, mask=nd_mask)
+            da_pointers = da + row * N * channels + first_d + nd
+            tl.store(da_pointers, tl.load(da_pointers, mask=nd_mask, other=0.0) + da_sum, mask=nd_mask)
             if skip is not None:
-                dskip_place = dskip + row * channels + d
-                dskip_d = tl.load(dskip_place, mask=d_real, other=0.0) + tl.sum(dskip_sum, 1)
-                tl.store(dskip_place, dskip_d, mask=d_real)
+                dskip_pointers = dskip + row * channels + d
+                dskip_d = tl.load(dskip_pointers, mask=d_mask, other=0.0) + tl.sum(dskip_sum, 1)
+                tl.store(dskip_pointers, dskip_d, mask=d_mask)
             if bias is not None:
-                dbias_place = dbias + row * channels + d
-                dbias_d = tl.load(dbias_place, mask=d_real, other=0.0) + tl.sum(dbias_sum, 1)
-                tl.store(dbias_place, dbias_d, mask=d_real)
+                dbias_pointers = dbias + row * channels + d
+                dbias_d = tl.load(dbias_pointers, mask=d_mask, other=0.0) + tl.sum(dbias_sum, 1)
+                tl.store(dbias_pointers, dbias_d, mask=d_mask)
             tl.debug_barrier()  # the next block, or chunk, reads and overwrites what this one has written

@@ -55,7 +55,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_lightnets.ops.selective_scan.layout import CHUNK, n_chunks
+from nnunetv2_lightnets.ops.selective_scan.record import CHUNK, Gradients, Scan, n_chunks, saved_states
+from nnunetv2_lightnets.ops.tensors import in_layout_of
 
 NAME = "triton"
 
@@ -101,7 +102,7 @@ def unavailable() -> str | None:
         device = "cpu" if _interpreted() else "cuda"
         u = torch.ones(1, 1, 2, device=device)
         A, B = torch.full((1, 1), -1.0, device=device), torch.ones(1, 1, 1, 2, device=device)
-        out, _, _ = forward(u, u, A, B, B, None, None, None, False, False)
+        out, _, _ = forward(Scan(u, u, A, B, B), False)
         values = out.flatten().tolist()
     except Exception as error:  # compilers and drivers raise what they like
         return f"a scan of two tokens fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -110,55 +111,60 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> str | None:
+def refuses(scan: Scan) -> str | None:
     """Why it cannot take this call; None if it can."""
     wanted = "cpu" if _interpreted() else "cuda"
-    if u.device.type != wanted:
-        return f"takes tensors on {wanted}, not on {u.device.type}"
-    if u.dtype not in _DTYPES:
-        return f"takes float32, float16, bfloat16 and float64, not {u.dtype}"
-    if A.shape[-1] > _MAX_STATES:
-        return f"takes up to {_MAX_STATES} states per channel, not {A.shape[-1]}"
-    if not 0 < u.shape[-1] <= _MAX_LENGTH:
-        return f"takes 1 to {_MAX_LENGTH} tokens, not {u.shape[-1]}"
+    if scan.u.device.type != wanted:
+        return f"takes tensors on {wanted}, not on {scan.u.device.type}"
+    if scan.u.dtype not in _DTYPES:
+        return f"takes float32, float16, bfloat16 and float64, not {scan.u.dtype}"
+    if scan.A.shape[-1] > _MAX_STATES:
+        return f"takes up to {_MAX_STATES} states per channel, not {scan.A.shape[-1]}"
+    if not 0 < scan.u.shape[-1] <= _MAX_LENGTH:
+        return f"takes 1 to {_MAX_LENGTH} tokens, not {scan.u.shape[-1]}"
     return None
 
 
 @dataclass(frozen=True)
-class _Scan:
-    """The arguments of a plain or directional scan in one form, and how they are cut into programs.
-
-    The plain scan has one direction and ``groups`` rows of B and C; the directional scan has one group and a row of B
-    and C for each direction. Only the plain scan has a gate.
-    """
+class _Prepared:
+    """A scan as the kernels read it: always with a dimension of directions, K = 1 in a plain scan."""
 
     u: Tensor  # (B, D, L)
     delta: Tensor  # (B, K, D, L)
-    rates: Tensor  # (K, N, D) contiguous, A * log2(e)
+    A_log2e: Tensor  # (K, N, D) contiguous, A * log2(e): exp(dt A) = exp2(dt A_log2e)
     B: Tensor  # (B, G, N, L) or (B, K, N, L)
     C: Tensor
     D: Tensor | None  # (K, D) contiguous
     z: Tensor | None  # (B, D, L)
     delta_bias: Tensor | None  # (K, D) contiguous
-    delta_softplus: bool
+    initial_state: Tensor | None  # (B * K, 1, N, D) contiguous
     order: Tensor | None  # (K, L) contiguous
+    delta_softplus: bool
+
+    @classmethod
+    def of(cls, scan: Scan) -> _Prepared:
+        s = scan.with_directions()
+        return cls(
+            s.u,
+            s.delta,
+            (s.A * math.log2(math.e)).transpose(1, 2).contiguous(),
+            s.B,
+            s.C,
+            None if s.D is None else s.D.contiguous(),
+            s.z,
+            None if s.delta_bias is None else s.delta_bias.contiguous(),
+            None if s.initial_state is None else _end_states(s.initial_state),
+            None if s.order is None else s.order.contiguous(),
+            s.delta_softplus,
+        )
 
     @property
     def directions(self) -> int:
-        return self.rates.shape[0]
+        return self.A_log2e.shape[0]
 
     @property
     def states(self) -> int:
-        return self.rates.shape[1]
+        return self.A_log2e.shape[1]
 
     @property
     def sequences(self) -> int:
@@ -178,10 +184,10 @@ class _Scan:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.rates.dtype
+        return self.A_log2e.dtype
 
     def new(self, *shape: int) -> Tensor:
-        return self.rates.new_empty(shape)
+        return self.A_log2e.new_empty(shape)
 
     @property
     def tuned(self) -> bool:
@@ -204,7 +210,7 @@ class _Scan:
         channels_per_group = self.channels // self.groups
         return {
             "delta": self.delta,
-            "rates": self.rates,
+            "A_log2e": self.A_log2e,
             "bias": self.delta_bias,
             "order": self.order,
             **_strides("delta", self.delta, "batch", "k", "d", "l"),
@@ -232,6 +238,11 @@ class _Scan:
             # Left alone, the assembler spills a few bytes where it then finds room for another warp.
             constants["maxnreg"] = _MAX_REGISTERS
         return constants
+
+
+def _end_states(states: Tensor) -> Tensor:
+    """Initial or last states (B, [K,] D, N), or their gradients, as the kernels read them: (B * K, 1, N, D)."""
+    return states.view(-1, 1, *states.shape[-2:]).transpose(2, 3).contiguous()
 
 
 def _power_of_two(size: int) -> int:
@@ -273,7 +284,7 @@ def _cut(length: int, programs: int, wanted: int) -> tuple[int, int]:
     return _ceil_div(chunks, chunks_per_segment), chunks_per_segment * CHUNK
 
 
-def _starts(scan: _Scan, ends: Tensor, dt_sums: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
+def _starts(scan: _Prepared, ends: Tensor, dt_sums: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
     """Pass 2: states at the start of all segments (at their end, for the adjoint, where ``reverse``).
 
     Args:
@@ -289,7 +300,7 @@ def _starts(scan: _Scan, ends: Tensor, dt_sums: Tensor, first: Tensor | None, re
     arguments = {
         "ends": ends,
         "dt_sums": dt_sums,
-        "rates": scan.rates,
+        "A_log2e": scan.A_log2e,
         "directions": scan.directions,
         "channels": scan.channels,
         "segments": segments,
@@ -302,17 +313,17 @@ def _starts(scan: _Scan, ends: Tensor, dt_sums: Tensor, first: Tensor | None, re
     if runs > 1:
         run_ends = scan.new(scan.sequences, runs, scan.states, scan.channels)
         run_sums = scan.new(scan.sequences, runs, scan.channels)
-        reduction = {"first_states": None, "starts": None, "group_ends": run_ends, "group_dt_sums": run_sums}
+        reduction = {"first_states": None, "starts": None, "run_ends": run_ends, "run_dt_sums": run_sums}
         _launch(_kernels().carry_kernel, programs, {**arguments, **reduction})
         first = _starts(scan, run_ends, run_sums, first, reverse)
     starts = torch.empty_like(ends)
-    spread = {"first_states": first, "starts": starts, "group_ends": None, "group_dt_sums": None}
+    spread = {"first_states": first, "starts": starts, "run_ends": None, "run_dt_sums": None}
     _launch(_kernels().carry_kernel, programs, {**arguments, **spread})
     return starts
 
 
-def _forward(scan: _Scan, out: Tensor, last_state: Tensor | None, save_states: bool) -> Tensor:
-    """Fill ``out`` (B, K, D, L) and ``last_state`` (B, D, N); return the saved states."""
+def _forward(scan: _Prepared, out: Tensor, last_state: Tensor, save_states: bool) -> Tensor:
+    """Fill ``out`` (B, K, D, L) and ``last_state`` (B, [K,] D, N); return the saved states."""
     kernels = _kernels()
     block_d = scan.channel_block(_FORWARD_TILE)
     arguments = scan.arguments(block_d)
@@ -329,12 +340,12 @@ def _forward(scan: _Scan, out: Tensor, last_state: Tensor | None, save_states: b
         "segment_tokens": segment_tokens,
     }
     programs = scan.sequences * blocks * segments
-    starts = None
+    starts = scan.initial_state
     if segments > 1:
         ends = scan.new(scan.sequences, segments, scan.states, scan.channels)
         dt_sums = scan.new(scan.sequences, segments, scan.channels)
         _launch(kernels.segment_ends_kernel, programs, {**arguments, "ends": ends, "dt_sums": dt_sums})
-        starts = _starts(scan, ends, dt_sums, None, reverse=False)
+        starts = _starts(scan, ends, dt_sums, scan.initial_state, reverse=False)
 
     chunks = n_chunks(scan.length)
     saved = scan.new(scan.sequences * chunks * scan.states * scan.channels if save_states else 0)
@@ -356,45 +367,54 @@ def _forward(scan: _Scan, out: Tensor, last_state: Tensor | None, save_states: b
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    """What the backward kernels write."""
+class _BackwardPlan:
+    """How the backward pass is cut into programs; see ``backward_kernel`` for ``parts``."""
 
-    u: Tensor  # (B, K, D, L)
-    delta: Tensor  # (B, K, D, L)
-    A: Tensor  # (K, D, N)
-    B: Tensor  # as B
-    C: Tensor  # as C
-    D: Tensor | None  # (K, D)
-    delta_bias: Tensor | None  # (K, D)
+    block_d: int
+    segments: int
+    segment_tokens: int
+    parts: int
 
 
-def _backward(
-    scan: _Scan, grad_out: Tensor, grad_last_state: Tensor | None, du: Tensor, dz: Tensor | None, states: Tensor
-) -> _Gradients:
-    """Fill ``du`` (B, K, D, L) and ``dz`` (B, D, L); return these and the other gradients.
-
-    Args:
-        scan: The scan.
-        grad_out: Gradient of the output, (B, D, L); all directions receive it.
-        grad_last_state: Gradient of the last state, (B, D, N).
-        du: Gradient of u of each direction, (B, K, D, L).
-        dz: Gradient of the gate, (B, D, L).
-        states: What the forward pass saved.
-    """
-    kernels = _kernels()
+def _plan_backward(scan: _Prepared) -> _BackwardPlan:
+    """Channel blocks share a program, one after the other, as far as chunks alone fill the GPU."""
     block_d = scan.channel_block(_BACKWARD_TILE)
-    arguments = scan.arguments(block_d)
-    if not scan.tuned and scan.states > 2:
-        arguments["num_warps"] = 4  # one would not have the registers
-    blocks_per_group = arguments["blocks_per_group"]
+    blocks = _ceil_div(scan.channels // scan.groups, block_d)
     wanted = _BACKWARD_PROGRAMS * _multiprocessors(scan.u.device)
     rows = scan.sequences * scan.groups
-    chunks = n_chunks(scan.length)
-    # Channel blocks share a program, one after the other, as far as chunks alone fill the GPU.
-    segments, segment_tokens = _cut(scan.length, rows * blocks_per_group, wanted)
-    parts = min(blocks_per_group, _ceil_div(wanted, rows * (chunks if segments > 1 else 1)))
+    segments, segment_tokens = _cut(scan.length, rows * blocks, wanted)
+    parts = min(blocks, _ceil_div(wanted, rows * (n_chunks(scan.length) if segments > 1 else 1)))
     if segments > 1:
         segments, segment_tokens = _cut(scan.length, rows * parts, wanted)
+    return _BackwardPlan(block_d, segments, segment_tokens, parts)
+
+
+def _carries(scan: _Prepared, plan: _BackwardPlan, arguments: dict[str, Any], grad_last_state: Tensor | None) -> Tensor:
+    """Passes 1 and 2: gradients of the states at the end of all segments, (sequences, segments, N, D)."""
+    last = None if grad_last_state is None else _end_states(grad_last_state)
+    shape = (scan.sequences, plan.segments, scan.states, scan.channels)
+    if plan.segments == 1:
+        return scan.new(*shape).zero_() if last is None else last.clone()
+    ends, dt_sums = scan.new(*shape), scan.new(scan.sequences, plan.segments, scan.channels)
+    walk = {**arguments, **scan.arguments(scan.channel_block(_FORWARD_TILE)), "ends": ends, "dt_sums": dt_sums}
+    walk["blocks"] = blocks = scan.groups * walk["blocks_per_group"]
+    _launch(_kernels().adjoint_ends_kernel, scan.sequences * blocks * plan.segments, walk)
+    return _starts(scan, ends, dt_sums, last, reverse=True)
+
+
+def _launch_backward(
+    scan: _Prepared, plan: _BackwardPlan, grads: tuple[Tensor, Tensor | None], states: Tensor
+) -> dict[str, Tensor | None]:
+    """Run all passes; return what the last one writes, under the names of its arguments.
+
+    ``du`` is (K, B, D, L), ``db`` and ``dc`` have copies for all parts, ``da``, ``dskip`` and ``dbias`` are of single
+    sequences and segments, (sequences, segments, ...), as are ``carries``: gradients of the states before segments.
+    """
+    kernels = _kernels()
+    grad_out, grad_last_state = grads
+    arguments = scan.arguments(plan.block_d)
+    if not scan.tuned and scan.states > 2:
+        arguments["num_warps"] = 4  # one would not have the registers
     arguments |= {
         "grad_out": grad_out,
         "c": scan.C,
@@ -402,73 +422,51 @@ def _backward(
         **_strides("grad", grad_out, "batch", "d", "l"),
         **_strides("c", scan.C, "batch", "row", "n", "l"),
         **_strides("z", scan.z, "batch", "d", "l"),
-        "segments": segments,
-        "segment_tokens": segment_tokens,
+        "segments": plan.segments,
+        "segment_tokens": plan.segment_tokens,
     }
-    shape = (scan.sequences, segments, scan.states, scan.channels)
-    last = None
-    if grad_last_state is not None:
-        last = grad_last_state.transpose(1, 2).unsqueeze(1).contiguous()  # (B, 1, N, D)
-    if segments > 1:
-        ends, dt_sums = scan.new(*shape), scan.new(scan.sequences, segments, scan.channels)
-        walk_d = scan.channel_block(_FORWARD_TILE)
-        walk = {**arguments, **scan.arguments(walk_d), "ends": ends, "dt_sums": dt_sums}
-        walk["blocks"] = blocks = scan.groups * walk["blocks_per_group"]
-        _launch(kernels.adjoint_ends_kernel, scan.sequences * blocks * segments, walk)
-        carries = _starts(scan, ends, dt_sums, last, reverse=True)
-    elif last is not None:
-        carries = last.clone()
-    else:
-        carries = scan.new(*shape).zero_()
-
-    programs = rows * parts * segments
-    tile = _power_of_two(scan.states) * block_d
-    db, dc = _copies(scan.B, parts, scan.dtype), _copies(scan.C, parts, scan.dtype)
-    ddelta = torch.empty_like(scan.delta)
-    da = scan.new(*shape).zero_()
-    dskip = None if scan.D is None else scan.new(scan.sequences, segments, scan.channels).zero_()
-    dbias = None if scan.delta_bias is None else scan.new(scan.sequences, segments, scan.channels).zero_()
+    carries = _carries(scan, plan, arguments, grad_last_state)
+    programs = scan.sequences * scan.groups * plan.parts * plan.segments
+    per_channel = (scan.sequences, plan.segments, scan.channels)
+    du = _per_direction(scan)
+    written = {
+        "carries": carries,
+        "du": du,
+        "ddelta": torch.empty_like(scan.delta),
+        "db": _copies(scan.B, plan.parts, scan.dtype),
+        "dc": _copies(scan.C, plan.parts, scan.dtype),
+        "dz": None if scan.z is None else torch.empty_like(scan.z),
+        "da": torch.zeros_like(carries),
+        "dskip": None if scan.D is None else scan.new(*per_channel).zero_(),
+        "dbias": None if scan.delta_bias is None else scan.new(*per_channel).zero_(),
+    }
     arguments |= {
+        **written,
         "u": scan.u,
         "b": scan.B,
         "skip": scan.D,
         "states": states,
-        "carries": carries,
-        "scratch": scan.new(programs * CHUNK // kernels.TILE.value * tile),
-        "du": du,
-        "ddelta": ddelta,
-        "db": db,
-        "dc": dc,
-        "dz": dz,
-        "da": da,
-        "dskip": dskip,
-        "dbias": dbias,
+        "scratch": scan.new(programs * CHUNK // kernels.TILE.value * _power_of_two(scan.states) * plan.block_d),
         **_strides("u", scan.u, "batch", "d", "l"),
         **_strides("b", scan.B, "batch", "row", "n", "l"),
-        **_strides("du", du, "batch", "k", "d", "l"),
-        **_strides("ddelta", ddelta, "batch", "k", "d", "l"),
-        **_strides("db", db, "part", "batch", "row", "n", "l"),
-        **_strides("dc", dc, "part", "batch", "row", "n", "l"),
-        **_strides("dz", dz, "batch", "d", "l"),
+        **_strides("du", du, "k", "batch", "d", "l"),
+        **_strides("ddelta", written["ddelta"], "batch", "k", "d", "l"),
+        **_strides("db", written["db"], "part", "batch", "row", "n", "l"),
+        **_strides("dc", written["dc"], "part", "batch", "row", "n", "l"),
+        **_strides("dz", written["dz"], "batch", "d", "l"),
         "groups": scan.groups,
-        "parts": parts,
-        "chunks": chunks,
+        "parts": plan.parts,
+        "chunks": n_chunks(scan.length),
     }
     _launch(kernels.backward_kernel, programs, arguments)
+    return written
 
-    def over_images(x: Tensor) -> Tensor:
-        """(B * K, segments, ...) to (K, ...)."""
-        return x.view(-1, scan.directions, *x.shape[1:]).sum((0, 2))
 
-    return _Gradients(
-        du,
-        ddelta,
-        over_images(da).transpose(1, 2),
-        _sum_of_copies(db, scan.B),
-        _sum_of_copies(dc, scan.C),
-        None if dskip is None else over_images(dskip),
-        None if dbias is None else over_images(dbias),
-    )
+def _per_direction(scan: _Prepared) -> Tensor:
+    """An output or du of each direction, (K, B, D, L), in the layout of u; in float32 at least if there are several."""
+    if scan.order is None:
+        return torch.empty_like(scan.u).unsqueeze(0)
+    return _copies(scan.u, scan.directions, scan.dtype)
 
 
 def _copies(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -484,161 +482,44 @@ def _sum_of_copies(copies: Tensor, like: Tensor) -> Tensor:
     return torch.sum(copies, 0, out=torch.empty_like(like, dtype=copies.dtype)).to(like.dtype)
 
 
-def _rates(A: Tensor) -> Tensor:
-    """(K, D, N) to contiguous (K, N, D), in units of log2(e): exp(dt A) = exp2(dt rates)."""
-    return (A * math.log2(math.e)).transpose(1, 2).contiguous()
+def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, D, L), last state (B, [K,] D, N) and the states before every chunk, (B, K, chunk, N, D) flat."""
+    prepared = _Prepared.of(scan)
+    out = _per_direction(prepared)
+    last_state = prepared.new(*scan.state_shape)
+    with _on(scan.u.device):
+        saved = _forward(prepared, out.transpose(0, 1), last_state, save_states)
+    return _sum_of_copies(out, scan.u), last_state, saved
 
 
-def _plain(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> _Scan:
-    """A plain scan is a directional one with one direction, in order."""
-    return _Scan(
-        u,
-        delta.unsqueeze(1),
-        _rates(A.unsqueeze(0)),
-        B,
-        C,
-        None if D is None else D.unsqueeze(0).contiguous(),
-        z,
-        None if delta_bias is None else delta_bias.unsqueeze(0).contiguous(),
-        delta_softplus,
-        None,
+def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
+    """Gradients of the scan's tensors."""
+    prepared = _Prepared.of(scan)
+    states = saved_states(scan, states, forward)
+    with _on(scan.u.device):
+        written = _launch_backward(prepared, _plan_backward(prepared), grads, states)
+
+    def over_images(name: str) -> Tensor | None:
+        """(B * K, segments, ...) to (K, ...)."""
+        x = written[name]
+        return None if x is None else x.view(-1, scan.directions, *x.shape[1:]).sum((0, 2))
+
+    da, du, db, dc, carries = over_images("da"), *(written[name] for name in ("du", "db", "dc", "carries"))
+    assert da is not None and du is not None and db is not None and dc is not None and carries is not None
+    gradients = (
+        _sum_of_copies(du, scan.u),
+        written["ddelta"],
+        da.transpose(1, 2),
+        _sum_of_copies(db, scan.B),
+        _sum_of_copies(dc, scan.C),
+        over_images("dskip"),
+        written["dz"],
+        over_images("dbias"),
+        carries[:, 0].transpose(1, 2),
     )
-
-
-def _directional(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    order: Tensor,
-) -> _Scan:
-    return _Scan(
-        u,
-        delta,
-        _rates(A),
-        B,
-        C,
-        None if D is None else D.contiguous(),
-        None,
-        None if delta_bias is None else delta_bias.contiguous(),
-        delta_softplus,
-        order.contiguous(),
-    )
-
-
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, D, L) in u's dtype and layout, last state (B, D, N), and the states at the chunks' starts (flat)."""
-    scan = _plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    out = torch.empty_like(u)
-    last_state = scan.new(u.shape[0], u.shape[1], scan.states)
-    with _on(u.device):
-        saved = _forward(scan, out.unsqueeze(1), last_state, save_states)
-    return out, last_state, saved
-
-
-def backward(
-    grad_out: Tensor,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    states: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias."""
-    scan = _plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    du = torch.empty_like(u)
-    dz = None if z is None else torch.empty_like(z)
-    with _on(u.device):
-        found = _backward(scan, grad_out, grad_last_state, du.unsqueeze(1), dz, states)
-    return (
-        du,
-        found.delta.squeeze(1),
-        found.A[0],
-        found.B,
-        found.C,
-        None if found.D is None else found.D[0],
-        dz,
-        None if found.delta_bias is None else found.delta_bias[0],
-    )
-
-
-def directional_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    order: Tensor,
-    save_states: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, D, L), summed over directions, in u's dtype; the states at the chunks' starts (flat)."""
-    scan = _directional(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
-    out = _copies(u, scan.directions, scan.dtype)  # (K, B, D, L)
-    with _on(u.device):
-        saved = _forward(scan, out.transpose(0, 1), None, save_states)
-    return _sum_of_copies(out, u), saved
-
-
-def directional_backward(
-    grad_y: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    order: Tensor,
-    states: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D and delta_bias."""
-    scan = _directional(u, delta, A, B, C, D, delta_bias, delta_softplus, order)
-    du = _copies(u, scan.directions, scan.dtype)  # (K, B, D, L)
-    with _on(u.device):
-        found = _backward(scan, grad_y, None, du.transpose(0, 1), None, states)
-    return (
-        _sum_of_copies(du, u),
-        found.delta,
-        found.A,
-        found.B,
-        found.C,
-        found.D,
-        found.delta_bias,
+    return tuple(
+        None if x is None or grad is None else in_layout_of(x, grad.reshape(x.shape))
+        for x, grad in zip(scan.tensors(), gradients, strict=True)
     )
 
 

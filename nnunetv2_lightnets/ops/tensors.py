@@ -1,0 +1,25 @@
+"""What all operators do with tensors: the dtype they compute in, and the memory layout of their results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Float64 for float64, else float32: half-precision inputs accumulate in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    """``result`` in the dtype and memory layout of ``torch.empty_like(like)``, copied only where it is not so."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if result.dtype == like.dtype and result.stride() == strides:
+        return result
+    return torch.empty_like(like).copy_(result)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's type and the first line of its text; those of CUDA go on for many."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
