@@ -105,7 +105,7 @@ class Case:
     def sizes(self) -> str:
         """The sizes in words."""
         text = f"B {self.batch}, D {self.channels}, L {self.length}"
-        return f"{text}, {self.width} taps" if self.width else f"{text}, N {self.state}, groups {self.groups}"
+        return f"{text}, kernel size {self.width}" if self.width else f"{text}, N {self.state}, groups {self.groups}"
 
     def updates(self) -> int:
         """States that are updated, over all tokens."""
@@ -119,7 +119,7 @@ CASES = {
     "l": Case("LightM-UNet 3D, 64^3 tokens", 1, 64, 262_144, slow_ones=False),
     "short": Case("a bottleneck of 512 tokens", 1, 512, 512),
     "directional": Case("Swin-UMamba, 80 x 80 pixels, 4 directions", 1, 192, 6_400, groups=4, image=(80, 80)),
-    "conv": Case("the convolution before s, 4 taps, SiLU", 1, 64, 32_768, width=4),
+    "conv": Case("the convolution before s, kernel size 4, SiLU", 1, 64, 32_768, width=4),
 }
 
 
@@ -308,9 +308,9 @@ def machine() -> dict[str, str | int | list[str]]:
         lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
         about["processor"] = next(value.strip() for key, _, value in lines if key.strip() == "model name")
     if available_backends()["native"] is None:
-        from nnunetv2_lightnets.ops.selective_scan import native
+        from nnunetv2_lightnets.ops.native_library import instruction_sets
 
-        about["instructions of native"] = native.instruction_sets()[0]
+        about["instructions of native"] = instruction_sets()[0]
     return about
 
 

@@ -26,10 +26,10 @@ class Mamba(nn.Module):
     Args:
         d_model: channels C of the tokens.
         d_state: size N of the state of each inner channel.
-        d_conv: taps of the causal convolution over the tokens.
+        d_conv: kernel size of the causal convolution over the tokens.
         expand: inner channels D per channel of the tokens.
         scan: False leaves the scan out, for ablations: of its output only the term ``D * u`` stays, gated as before, so
-            that a token sees no more than the convolution's taps. There are no parameters for what is left out.
+            that a token sees no further than the convolution's kernel. There are no parameters for what is left out.
 
     Under autocast the projections before the scan use the low precision; the scan and the output projection run in
     float32, because the scan's output reaches values (about 1e6) that float16 does not hold.
@@ -66,7 +66,7 @@ class Mamba(nn.Module):
         if not self.has_scan:
             u, z = (_at_least_float32(x) for x in self.convolved(tokens))
             return self.project_out(_at_least_float32(self.D) * u * F.silu(z))
-        return self.project_out(self.scan(self.A, *self.scan_inputs(tokens))[0])
+        return self.project_out(self.scan(*self.scan_inputs(tokens))[0])
 
     def convolved(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The scan's input u and the gate z, both (B, L, D), for tokens (B, L, C)."""
@@ -80,11 +80,18 @@ class Mamba(nn.Module):
         dt, b, c = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         return u, F.linear(dt, self.dt_proj.weight), b, c, z  # the bias of dt_proj is added inside the scan
 
-    def scan(self, A: Tensor, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, initial_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gated output (B, L, D) and last state (B, D, N) of the selective scan, at least in float32."""
         u, delta, b, c, z = (_at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
         D, bias = _at_least_float32(self.D), _at_least_float32(self.dt_proj.bias)
-        y, state = selective_scan(u, delta, A, b, c, D, z, bias, delta_softplus=True, return_last_state=True)
+        y, state = selective_scan(
+            *(u, delta, self.A, b, c, D, z, bias),
+            delta_softplus=True,
+            return_last_state=True,
+            initial_state=initial_state,
+        )
         return y.transpose(1, 2), state
 
     @property
@@ -101,10 +108,7 @@ class Mamba(nn.Module):
 class MambaStream:
     """Takes sequences through a Mamba block part by part, without gradients; the parts are equal to the whole.
 
-    The convolution sees the tokens before a part again, from a copy. The scan starts from zero, so N of its inputs, in
-    the place of tokens that are done, are such that they bring it into the state it was left in: input n adds to
-    component n alone, and the inputs after it let that decay. Their step is so small that they take less than a factor
-    e from it, which is added in advance.
+    The convolution sees the last tokens of the part before again, from a copy; the scan goes on from its last state.
 
     Args:
         mamba: the block.
@@ -112,39 +116,20 @@ class MambaStream:
 
     def __init__(self, mamba: Mamba) -> None:
         self.mamba = mamba
-        self.history = mamba.d_conv - 1 + (mamba.d_state if mamba.has_scan else 0)  # tokens a part begins with again
+        self.history = mamba.d_conv - 1  # tokens that a part begins with again
         self._past: Tensor | None = None  # (B, history, C)
-        if not mamba.has_scan:
-            return
         self._state: Tensor | None = None  # (B, D, N)
-        self._A = A = mamba.A
-        size = mamba.d_state
-        step = 1 / (size * A.abs().max())
-        following = torch.arange(size - 1, -1, -1, device=A.device, dtype=A.dtype)
-        self._u = (torch.exp(-A * step * following) / step).T  # (N, D), for a state of ones
-        self._delta = _inverse_softplus(step) - mamba.dt_proj.bias  # (D,)
-        self._b = torch.eye(size, device=A.device, dtype=A.dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Outputs (B, L, C) for the next L tokens; all parts but the last must be at least ``history`` long."""
+        old = 0 if self._past is None else self.history
+        tokens = tokens if self._past is None else torch.cat((self._past, tokens), 1)
+        self._past = tokens[:, tokens.shape[1] - self.history :]
         if not self.mamba.has_scan:
-            old = 0 if self._past is None else self.history
-            tokens = tokens if self._past is None else torch.cat((self._past, tokens), 1)
-            self._past = tokens[:, tokens.shape[1] - self.history :]
             return self.mamba(tokens)[:, old:]  # type: ignore[no-any-return]
-        if self._past is None or self._state is None:
-            old = 0
-            u, delta, b, c, z = self.mamba.scan_inputs(tokens)
-        else:
-            old = self.mamba.d_state
-            tokens = torch.cat((self._past, tokens), 1)
-            u, delta, b, c, z = (x[:, self.mamba.d_conv - 1 :] for x in self.mamba.scan_inputs(tokens))
-            torch.mul(self._state.transpose(1, 2), self._u, out=u[:, :old])
-            delta[:, :old] = self._delta
-            b[:, :old] = self._b
-        y, self._state = self.mamba.scan(self._A, u, delta, b, c, z)
-        self._past = tokens[:, -self.history :]
-        return self.mamba.project_out(y[:, old:])
+        u, delta, b, c, z = (x[:, old:] for x in self.mamba.scan_inputs(tokens))
+        y, self._state = self.mamba.scan(u, delta, b, c, z, self._state)
+        return self.mamba.project_out(y)
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ FEW = [
     _case(1, 35, 6, 16, programs=2, layout="tokens"),
     # Three chunks: in three segments; and in one.
     _case(1, 3, 130, 5, run=2),
+    _case(1, 3, 130, 5, initial=True),
+    _case(2, 2, 7, 3, initial=True, last_state=False, dtype="float32"),
     _case(1, 2, 129, 3, programs=1, z=False),
     _case(1, 3, 65, 16, dtype="float32"),
     _case(1, 3, 9, 16, dtype="float16"),
@@ -70,13 +72,13 @@ MORE = [
 
 @pytest.mark.parametrize("case", FEW, ids=_name)
 def test_plain_scan(interpreter: TritonProcess, case: dict[str, Any]) -> None:
-    _check(interpreter("plain_errors", **case), case.get("dtype", "float64"))
+    _check(interpreter("scan_errors", kind="plain", **case), case.get("dtype", "float64"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE, ids=_name)
 def test_plain_scan_larger(interpreter: TritonProcess, case: dict[str, Any]) -> None:
-    _check(interpreter("plain_errors", **case), case.get("dtype", "float64"))
+    _check(interpreter("scan_errors", kind="plain", **case), case.get("dtype", "float64"))
 
 
 @pytest.mark.parametrize(
@@ -87,13 +89,14 @@ def test_plain_scan_larger(interpreter: TritonProcess, case: dict[str, Any]) -> 
         _case(1, 2, 66, 2, layout="tokens", programs=2),
         _case(1, 18, 5, 16, layout="slices", D=False, programs=1),
         _case(1, 3, 10, 3, bias=False, softplus=False),
+        _case(2, 3, 9, 3, initial=True, last_state=False),
         _case(1, 4, 9, 16, dtype="float32", directions=4),
         _case(1, 3, 6, 1, dtype="bfloat16"),
     ],
     ids=_name,
 )
 def test_directional_scan(interpreter: TritonProcess, case: dict[str, Any]) -> None:
-    _check(interpreter("directional_errors", **case), case.get("dtype", "float64"))
+    _check(interpreter("scan_errors", kind="directional", **case), case.get("dtype", "float64"))
 
 
 @pytest.mark.slow
@@ -107,7 +110,18 @@ def test_directional_scan(interpreter: TritonProcess, case: dict[str, Any]) -> N
     ids=_name,
 )
 def test_directional_scan_larger(interpreter: TritonProcess, case: dict[str, Any]) -> None:
-    _check(interpreter("directional_errors", **case), case.get("dtype", "float64"))
+    _check(interpreter("scan_errors", kind="directional", **case), case.get("dtype", "float64"))
+
+
+@pytest.mark.parametrize("case", [{"cut": 1}, {"cut": 64}, {"cut": 71, "programs": 1}, {"cut": 129}])
+def test_a_sequence_in_two_parts(interpreter: TritonProcess, case: dict[str, Any]) -> None:
+    sizes = {"batch": 1, "channels": 3, "length": 130, "states": 2}
+    _check(interpreter("cut_errors", **sizes, **case), "float64")
+
+
+def test_states_far_apart_in_memory(interpreter: TritonProcess) -> None:
+    """As those of a long sequence with tokens as neighbours: addresses take 64 bits."""
+    _check(interpreter("wide_stride_errors"), "float32")
 
 
 @pytest.mark.parametrize("reverse", [False, True])

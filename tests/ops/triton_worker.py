@@ -10,6 +10,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.ops.selective_scan import reference, triton_scan
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
 
 torch.set_num_threads(1)
-GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias")
+GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial_state")
 
 
 # --------------------------------------------------------------------------------------------------- inputs of a scan
@@ -51,9 +54,10 @@ def plain_scan(
     z: bool = True,
     bias: bool = True,
     softplus: bool = True,
+    initial: bool = False,
     device: str = "cpu",
-) -> tuple[Any, ...]:
-    """Arguments of a backend's ``forward`` up to ``delta_softplus``."""
+) -> Scan:
+    """A random plain scan."""
     kind = getattr(torch, dtype)
     compute = torch.float64 if kind == torch.float64 else torch.float32
     u, delta, gate = (_tokens((batch, channels, length), kind, layout, device) for _ in range(3))
@@ -63,7 +67,9 @@ def plain_scan(
     if not softplus:
         delta = delta.abs()  # scans grow without bounds where step sizes are negative
         delta_bias = delta_bias.abs()
-    return u, delta, A, B, C, skip if D else None, gate if z else None, delta_bias if bias else None, softplus
+    options = (skip if D else None, gate if z else None, delta_bias if bias else None)
+    initial_state = torch.randn(batch, channels, states, dtype=compute, device=device) if initial else None
+    return Scan(u, delta, A, B, C, *options, initial_state, None, softplus)
 
 
 def directional(
@@ -78,18 +84,20 @@ def directional(
     D: bool = True,
     bias: bool = True,
     softplus: bool = True,
-    device: str = "cpu",
-) -> tuple[tuple[Any, ...], Tensor]:
-    """Arguments of a backend's ``directional_forward`` up to ``delta_softplus``, and ``order``."""
+    initial: bool = False,
+) -> Scan:
+    """A random directional scan."""
     kind = getattr(torch, dtype)
     compute = torch.float64 if kind == torch.float64 else torch.float32
-    u = _tokens((batch, channels, length), kind, layout, device)
-    delta = _tokens((batch, directions, channels, length), kind, layout, device)
-    B, C = (_tokens((batch, directions, states, length), kind, layout, device) for _ in range(2))
-    A = -2 * torch.rand(directions, channels, states, dtype=compute, device=device)
-    skip, delta_bias = torch.randn(2, directions, channels, dtype=compute, device=device)
-    order = torch.stack([torch.randperm(length, dtype=torch.int32) for _ in range(directions)]).to(device)
-    return (u, delta, A, B, C, skip if D else None, delta_bias if bias else None, softplus), order
+    u = _tokens((batch, channels, length), kind, layout, "cpu")
+    delta = _tokens((batch, directions, channels, length), kind, layout, "cpu")
+    B, C = (_tokens((batch, directions, states, length), kind, layout, "cpu") for _ in range(2))
+    A = -2 * torch.rand(directions, channels, states, dtype=compute)
+    skip, delta_bias = torch.randn(2, directions, channels, dtype=compute)
+    order = torch.stack([torch.randperm(length, dtype=torch.int32) for _ in range(directions)])
+    initial_state = torch.randn(batch, directions, channels, states, dtype=compute) if initial else None
+    options = (skip if D else None, None, delta_bias if bias else None)
+    return Scan(u, delta, A, B, C, *options, initial_state, order, softplus)
 
 
 # ------------------------------------------------------------------------------------------------- interpreted kernels
@@ -100,8 +108,14 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300))
 
 
-def _double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.double() if isinstance(x, Tensor) else x for x in arguments)
+def _changed(scan: Scan, change: Callable[[str, Tensor], Tensor]) -> Scan:
+    """The scan with all its tensors changed."""
+    tensors = {field.name: getattr(scan, field.name) for field in fields(scan)}
+    return replace(scan, **{name: change(name, x) for name, x in tensors.items() if isinstance(x, Tensor)})
+
+
+def _double(scan: Scan) -> Scan:
+    return _changed(scan, lambda _, x: x.double() if x.is_floating_point() else x)
 
 
 def _settings(programs: int, run: int) -> None:
@@ -110,63 +124,90 @@ def _settings(programs: int, run: int) -> None:
     triton_scan._RUN = run
 
 
-def plain_errors(*, programs: int = 16, run: int = 32, last_state: bool = True, **case: Any) -> dict[str, float]:
+def scan_errors(
+    kind: str, *, programs: int = 16, run: int = 32, last_state: bool = True, **case: Any
+) -> dict[str, float]:
     """Errors of all results against the reference in float64; checks dtypes and layouts on the way."""
     _settings(programs, run)
     torch.manual_seed(0)
-    scan = plain_scan(**case)
-    wanted = reference.forward(*_double(scan), True)
-    found = triton_scan.forward(*scan, True)
-    u = scan[0]
-    assert found[0].dtype == u.dtype and found[0].stride() == torch.empty_like(u).stride()
+    scan = plain_scan(**case) if kind == "plain" else directional(**case)
+    scan.check()
+    wanted = reference.forward(_double(scan), True)
+    found = triton_scan.forward(scan, True)
+    assert found[0].dtype == scan.u.dtype and found[0].stride() == torch.empty_like(scan.u).stride()
     errors = {name: _error(x, y) for name, x, y in zip(("out", "last_state", "states"), found, wanted, strict=True)}
-    unsaved = triton_scan.forward(*scan, False)
+    unsaved = triton_scan.forward(scan, False)
     assert torch.equal(unsaved[0], found[0]) and torch.equal(unsaved[1], found[1]) and unsaved[2].numel() == 0
 
-    grad_out = _tokens(tuple(u.shape), u.dtype, "tokens", "cpu")
+    grad_out = _tokens(tuple(scan.u.shape), scan.u.dtype, "tokens" if kind == "plain" else "channels", "cpu")
     grad_last = torch.randn_like(found[1]) if last_state else None
     incoming = (grad_out.double(), grad_last if grad_last is None else grad_last.double())
-    wanted_gradients = reference.backward(*incoming, *_double(scan), wanted[2])
-    gradients = triton_scan.backward(grad_out, grad_last, *scan, found[2])
-    return errors | _gradient_errors(GRADIENTS, gradients, wanted_gradients, scan)
-
-
-def directional_errors(*, programs: int = 16, run: int = 32, **case: Any) -> dict[str, float]:
-    """Errors of all results against the reference in float64; checks dtypes and layouts on the way."""
-    _settings(programs, run)
-    torch.manual_seed(0)
-    scan, order = directional(**case)
-    wanted = reference.directional_forward(*_double(scan), order, True)
-    found = triton_scan.directional_forward(*scan, order, True)
-    u = scan[0]
-    assert found[0].dtype == u.dtype and found[0].stride() == torch.empty_like(u).stride()
-    errors = {name: _error(x, y) for name, x, y in zip(("out", "states"), found, wanted, strict=True)}
-
-    grad_y = _tokens(tuple(u.shape), u.dtype, "channels", "cpu")
-    wanted_gradients = reference.directional_backward(grad_y.double(), *_double(scan), order, wanted[1])
-    gradients = triton_scan.directional_backward(grad_y, *scan, order, found[1])
-    names = tuple(name for name in GRADIENTS if name != "dz")
-    return errors | _gradient_errors(names, gradients, wanted_gradients, scan)
-
-
-def _gradient_errors(
-    names: tuple[str, ...], found: tuple[Any, ...], wanted: tuple[Any, ...], scan: tuple[Any, ...]
-) -> dict[str, float]:
-    errors = {}
-    for name, x, y, argument in zip(names, found, wanted, scan, strict=False):
+    wanted_gradients = reference.backward(_double(scan), incoming, wanted[2])
+    gradients = triton_scan.backward(scan, (grad_out, grad_last), found[2])
+    for name, x, y, argument in zip(GRADIENTS, gradients, wanted_gradients, scan.tensors(), strict=True):
         assert (x is None) == (argument is None), name
-        if x is not None:
+        if x is not None and y is not None and argument is not None:
             assert x.dtype == argument.dtype and x.shape == argument.shape, name
+            assert x.stride() == torch.empty_like(argument).stride(), name
             errors[name] = _error(x, y)
     return errors
+
+
+def cut_errors(cut: int, *, programs: int = 16, **case: Any) -> dict[str, float]:
+    """Errors of all results of two parts, the second of which goes on from the last state of the first, against one."""
+    _settings(programs, 32)
+    torch.manual_seed(0)
+    scan = plain_scan(**case, initial=True)
+
+    def part(tokens: slice, state: Tensor) -> Scan:
+        in_tokens = ("u", "delta", "B", "C", "z")
+        return replace(_changed(scan, lambda name, x: x[..., tokens] if name in in_tokens else x), initial_state=state)
+
+    assert scan.initial_state is not None
+    out, last_state, states = triton_scan.forward(scan, True)
+    grad_out, grad_last = torch.randn_like(out), torch.randn_like(last_state)
+    wanted = triton_scan.backward(scan, (grad_out, grad_last), states)
+    first = part(slice(cut), scan.initial_state)
+    first_out, state, first_states = triton_scan.forward(first, True)
+    second = part(slice(cut, None), state)
+    second_out, second_last, second_states = triton_scan.forward(second, True)
+    *later, carried = triton_scan.backward(second, (grad_out[..., cut:], grad_last), second_states)
+    earlier = triton_scan.backward(first, (grad_out[..., :cut], carried), first_states)
+    errors = {"out": _error(torch.cat((first_out, second_out), -1), out), "last": _error(second_last, last_state)}
+    for name, x, y, whole in zip(GRADIENTS, earlier, [*later, None], wanted, strict=True):
+        if x is None or whole is None:
+            continue
+        if name in ("du", "ddelta", "dB", "dC", "dz"):
+            x = torch.cat((x, y), -1)
+        elif y is not None:  # all but the initial state's
+            x = x + y
+        errors[name] = _error(x, whole)
+    return errors
+
+
+def wide_stride_errors() -> dict[str, float]:
+    """Errors where the states of B and C are so far apart in memory that n times their stride exceeds 32 bits."""
+    _settings(16, 32)
+    torch.manual_seed(0)
+    scan = plain_scan(1, 2, 3, 3, dtype="float32", groups=1)
+    stride = 2**30 + 8
+    memory = torch.empty(2 * stride + 3, dtype=torch.float32)  # 8 GiB of addresses, of which three pages are touched
+    apart = torch.as_strided(memory, (1, 1, 3, 3), (0, 0, stride, 1)).copy_(scan.B)
+    found = replace(scan, B=apart, C=apart)
+    near = replace(scan, C=scan.B)
+    grad = torch.randn_like(scan.u)
+    states = triton_scan.forward(found, True)[2]
+    wanted = reference.backward(_double(near), (grad.double(), None), states)
+    gradients = triton_scan.backward(found, (grad, None), states)
+    return {name: _error(x, y) for name, x, y in zip(GRADIENTS, gradients, wanted, strict=True) if x is not None}
 
 
 def start_errors(segments: int, reverse: bool, given: bool) -> float:
     """Error of pass 2 alone, over more segments than a tiny scan has, against the recurrence written out."""
     _settings(16, 32)
     torch.manual_seed(0)
-    u, delta, A, B, C, *_ = plain_scan(2, 3, 1, 5)
-    scan = triton_scan._plain(u, delta, A, B, C, None, None, None, False)
+    plain = plain_scan(2, 3, 1, 5)
+    scan = triton_scan._Prepared.of(plain)
     ends, dt_sums = torch.randn(2, segments, 5, 3).double(), torch.rand(2, segments, 3).double()
     first = torch.randn(2, 1, 5, 3).double() if given else None
     found = triton_scan._starts(scan, ends, dt_sums, first, reverse)
@@ -174,7 +215,7 @@ def start_errors(segments: int, reverse: bool, given: bool) -> float:
     wanted = torch.empty_like(ends)
     for segment in reversed(range(segments)) if reverse else range(segments):
         wanted[:, segment] = state
-        state = torch.exp(A.T * dt_sums[:, segment, None]) * state + ends[:, segment]
+        state = torch.exp(plain.A.T * dt_sums[:, segment, None]) * state + ends[:, segment]
     return _error(found, wanted)
 
 
@@ -184,7 +225,7 @@ def softplus_errors(inputs: list[float]) -> dict[str, list[float]]:
     for dtype in (torch.float32, torch.float64):
         delta = torch.tensor(inputs, dtype=dtype).view(1, -1, 1)
         A, B = torch.full((len(inputs), 1), -1.0, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
-        _, state, _ = triton_scan.forward(torch.ones_like(delta), delta, A, B, B, None, None, None, True, False)
+        _, state, _ = triton_scan.forward(Scan(torch.ones_like(delta), delta, A, B, B, delta_softplus=True), False)
         wanted = torch.nn.functional.softplus(delta.double()).flatten()
         errors[str(dtype).removeprefix("torch.")] = ((state.flatten().double() - wanted) / wanted).abs().tolist()
     return errors
@@ -196,27 +237,27 @@ def public_error() -> float:
 
     _settings(16, 32)
     torch.manual_seed(0)
-    scan = plain_scan(1, 3, 5, 4)
+    scan = plain_scan(1, 3, 5, 4, initial=True)
     results = []
     for name in ("triton", "reference"):
-        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in scan]
+        leaves = [x.clone().requires_grad_() for x in scan.tensors() if x is not None]
         with use_backend(name):
-            out, last = selective_scan(*leaves, return_last_state=True)
-            gradients = torch.autograd.grad(out.sin().sum() + last.cos().sum(), leaves[:-1])
+            out, last = selective_scan(*leaves[:-1], True, True, leaves[-1])
+            gradients = torch.autograd.grad(out.sin().sum() + last.cos().sum(), leaves)
         results.append((out, last, *gradients))
     return max(_error(found, wanted) for found, wanted in zip(*results, strict=True))
 
 
 def availability() -> dict[str, Any]:
     """What the backend says of this process, with and without the interpreter."""
-    scan = plain_scan(1, 2, 3, 4, softplus=True, dtype="float32")[:-1]
-    wide = plain_scan(1, 2, 3, 300, dtype="float32")[:-1]
-    integers = (scan[0].int(), *scan[1:])
-    elsewhere = tuple(None if x is None else x.to("meta") for x in scan)
+    scan = plain_scan(1, 2, 3, 4, softplus=True, dtype="float32")
+    wide = plain_scan(1, 2, 3, 300, dtype="float32")
+    integers = replace(scan, u=scan.u.int())
+    elsewhere = _changed(scan, lambda _, x: x.to("meta"))
     return {
         "imported": "triton" in sys.modules,
         "unavailable": triton_scan.unavailable(),
-        "refuses": [triton_scan.refuses(*x) for x in (scan, wide, integers, elsewhere)],
+        "refuses": [triton_scan.refuses(x) for x in (scan, wide, integers, elsewhere)],
     }
 
 
@@ -234,26 +275,26 @@ def resources(
     launches: list[tuple[Any, dict[str, Any]]] = []
     triton_scan._launch = lambda kernel, programs, arguments: launches.append((kernel, arguments))
     triton_scan._multiprocessors = lambda device: multiprocessors
-    if kind == "plain":
-        scan = plain_scan(**case, device="meta")
-        out, last, states = triton_scan.forward(*scan, True)
-        if backward:
-            triton_scan.backward(out, last, *scan, states)
-    else:
-        scan, order = _meta_directional(**case)
-        out, states = triton_scan.directional_forward(*scan, order, True)
-        if backward:
-            triton_scan.directional_backward(out, *scan, order, states)
+    scan = plain_scan(**case, device="meta") if kind == "plain" else _meta_directional(**case)
+    out, last, states = triton_scan.forward(scan, True)
+    if backward:
+        triton_scan.backward(scan, (out, last if kind == "plain" else None), states)
     return [_compile(*launch, capability) for capability in capabilities for launch in _once(launches)]
 
 
-def _meta_directional(**case: Any) -> tuple[tuple[Any, ...], Tensor]:
-    order = torch.empty(case.get("directions", 2), case["length"], dtype=torch.int32, device="meta")
-    scan, _ = directional(**{**case, "length": 1})  # makes a real permutation: short
-    u, delta, A, B, C, *rest = (x.to("meta") if isinstance(x, Tensor) else x for x in scan)
-    layout, dtype = case.get("layout", "channels"), u.dtype
-    longer = [_tokens((*x.shape[:-1], case["length"]), dtype, layout, "meta") for x in (u, delta, B, C)]
-    return (longer[0], longer[1], A, longer[2], longer[3], *rest), order
+def _meta_directional(**case: Any) -> Scan:
+    """Without a real permutation of all the tokens, which takes long."""
+    scan = directional(**{**case, "length": 1})
+    long = ("u", "delta", "B", "C", "order")
+
+    def longer(name: str, x: Tensor) -> Tensor:
+        if name not in long:
+            return x.to("meta")
+        return _tokens((*x.shape[:-1], case["length"]), torch.float32, case.get("layout", "channels"), "meta").to(
+            x.dtype
+        )
+
+    return _changed(scan, longer)
 
 
 def _once(launches: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
