@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -85,11 +86,12 @@ class BuildNative(_BuildCommand):
                 f"slower. Install a C compiler (gcc or clang), or name one in CC, and install again."
             )
 
-    def compile(self, source: str, flags: str, target: Path, optional: bool = False) -> bool:
+    def compile(self, source: str, flags: str, target: Path, optional: bool = False) -> str:
+        """Compile; return the first line of what the compiler says if it fails, and may."""
         command = [*_compiler(), *shlex.split(C_FLAGS), *shlex.split(flags), *shlex.split(os.environ.get("CFLAGS", ""))]
         command += ["-c", str(C_SOURCES / source), "-o", str(target)]
-        done = subprocess.run(command, check=not optional, stderr=subprocess.DEVNULL if optional else None)
-        return done.returncode == 0
+        done = subprocess.run(command, check=not optional, stderr=subprocess.PIPE if optional else None, text=True)
+        return "" if done.returncode == 0 else next(iter(done.stderr.splitlines()), f"exit status {done.returncode}")
 
     def link(self, folder: Path) -> Path:
         kernels = [
@@ -99,8 +101,14 @@ class BuildNative(_BuildCommand):
             for source in ("scan_kernel.c", "conv_kernel.c")
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            built = list(pool.map(lambda k: self.compile(k[2], k[1], k[3], optional=k[0] != "baseline"), kernels))
-        missing = {kernel[0] for kernel, done in zip(kernels, built, strict=True) if not done}
+            said = list(pool.map(lambda k: self.compile(k[2], k[1], k[3], optional=k[0] != "baseline"), kernels))
+        missing = {kernel[0]: reason for kernel, reason in zip(kernels, said, strict=True) if reason}
+        if platform.machine() in ("x86_64", "AMD64"):
+            for name, reason in missing.items():
+                self.warn(
+                    f"the C library has no {name} kernels, and is slower on processors that could run them: "
+                    f"{' '.join(_compiler())} does not compile them ({reason}). A newer gcc or clang does."
+                )
         objects = [kernel[3] for kernel in kernels if kernel[0] not in missing]
         sets = " ".join(f"-DLN_{name.upper()}" for name in INSTRUCTION_SETS if name not in missing)
         for source in ("dispatch.c", "threads.c", "memory.c"):

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from nnunetv2_lightnets import create_network
 from nnunetv2_lightnets.networks import lightm_unet, mamba
 from nnunetv2_lightnets.ops import available_backends, causal_conv1d
-from nnunetv2_lightnets.ops.selective_scan.native import instruction_sets
+from nnunetv2_lightnets.ops.native_library import instruction_sets
 
 CLASSES = 3
 MEASURED = RESULTS / "networks_cpu.csv"

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_lightnets import create_network
 from nnunetv2_lightnets.networks.vss import DIRECTIONS, SS2D
+from nnunetv2_lightnets.ops.flops import register_flop_formulas
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "Swin-UMamba": ("swin_umamba", {}),
@@ -92,13 +93,14 @@ def count(module: nn.Module, *inputs: Tensor) -> Counts:
         scans.append((tokens * DIRECTIONS * block.out_proj.in_features, block.d_state))
 
     hooks = [m.register_forward_pre_hook(note_scan) for m in module.modules() if isinstance(m, SS2D)]
+    register_flop_formulas()
     norms, flops = _NormCounter(), FlopCounterMode(display=False)
     with torch.no_grad(), norms, flops:
         module(*inputs)
     for hook in hooks:
         hook.remove()
     by_operator = flops.get_flop_counts()["Global"]
-    scan = sum(value for operator, value in by_operator.items() if "directional_scan" in str(operator))
+    scan = sum(value for operator, value in by_operator.items() if "selective_scan" in str(operator))
     return Counts(
         products=(flops.get_total_flops() - scan) / 2,
         norms=norms.total,

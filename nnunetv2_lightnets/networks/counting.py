@@ -9,6 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunetv2_lightnets.ops.flops import register_flop_formulas
+
 
 def count_parameters(network: nn.Module) -> int:
     """Number of trainable scalars; a parameter used at several places counts once."""
@@ -28,6 +30,7 @@ def count_macs(network: nn.Module, input_channels: int, patch: Sequence[int]) ->
     """
     device = next(network.parameters()).device
     was_training = network.training
+    register_flop_formulas()
     counter = FlopCounterMode(display=False)
     # With gradients, as without them LightM-UNet computes block by block, thousands of them.
     with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), counter:

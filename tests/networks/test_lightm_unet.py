@@ -19,6 +19,7 @@ from nnunetv2_lightnets import LightNetsError, create_network
 from nnunetv2_lightnets.networks import lightm_unet
 from nnunetv2_lightnets.networks.lightm_unet import LightMUNet, MambaLayer, TokenGroupNorm
 from nnunetv2_lightnets.ops import available_backends
+from nnunetv2_lightnets.ops.flops import register_flop_formulas
 from nnunetv2_lightnets.pretrained import load_official
 
 
@@ -123,6 +124,7 @@ def test_multiply_accumulates(spatial_dims, inputs, classes, patch, macs, by_tho
     """Ours are those of matrix products, convolutions and the scan; thop's rules count some more and leave some out."""
     with torch.device("meta"):
         network, x = LightMUNet(spatial_dims, inputs, classes), torch.empty(1, inputs, *[patch] * spatial_dims)
+    register_flop_formulas()
     counter, norms, skips = FlopCounterMode(display=False), [], []
     for module in network.modules():
         if isinstance(module, nn.LayerNorm):

@@ -223,6 +223,40 @@ def test_orders_of_any_dimension_are_paths_along_axes(shape):
         assert keys == sorted(keys, reverse=back) and len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("value", "message"), [(3, "order.1. holds some tokens twice"), (-1, "holds -1"), (12, "holds 12")]
+)
+def test_orders_that_are_no_permutations_are_refused(backend, value, message):
+    """By all backends, which read beyond the image otherwise."""
+    order = torch.arange(12, dtype=torch.int32).flip(0).repeat(2, 1)
+    order[1, 4] = value
+    with use_backend(backend):
+        for inference in (False, True):
+            with torch.inference_mode(inference), pytest.raises(LightNetsError, match=message):
+                directional_scan(*_arguments(1, 3, 12, 4, 2), order=order.clone())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_orders_are_looked_at_once_and_after_each_change(inference, monkeypatch):
+    looks = []
+    aminmax = torch.Tensor.aminmax
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x: looks.append(1) or aminmax(x))
+    arguments = [x.requires_grad_() for x in _arguments(1, 3, 12, 4, 4)]
+    directional_scan(*arguments, order=scan_order((3, 4))).sum().backward()
+    assert not looks  # its results are known to be orders
+    order = scan_order((3, 4)).flip(1)
+    for _ in range(3):
+        directional_scan(*arguments, order=order).sum().backward()
+    assert len(looks) == 1
+    with torch.inference_mode(inference):
+        changing = order.clone()
+        directional_scan(*arguments, order=changing)
+        changing[0, 0] = 99
+        with pytest.raises(LightNetsError, match="holds 99"):
+            directional_scan(*arguments, order=changing)
+
+
 def test_misuse_is_named():
     arguments = _arguments(2, 3, 12, 2, 4)
     order = scan_order((3, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import multiprocessing
@@ -642,6 +643,37 @@ def test_lazy_negation_is_seen() -> None:
     call[0] = torch._neg_view(-call[0])
     assert call[0].is_neg()
     assert torch.equal(native.forward(record(call, True), False)[0], expected)
+
+
+class _OtherLibrary:
+    """A library as ctypes shows it, which was built from other sources."""
+
+    def __init__(self, numbers: list[int] | None) -> None:
+        if numbers is not None:
+            self.ln_abi = lambda found, count: found.__setitem__(slice(0, count), numbers)
+
+
+@pytest.mark.parametrize("change", ["older", "size", "interface"])
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """It would take the arguments for others: an editable install keeps the old one when sources change."""
+    structs = (native_library.TensorStruct, native_library.ScanStruct, native_library.ConvStruct)
+    numbers = [native_library.ABI, *map(ctypes.sizeof, structs), 64]
+    if change == "size":
+        numbers[2] -= 8
+    if change == "interface":
+        numbers[0] -= 1
+    other = _OtherLibrary(None if change == "older" else numbers)
+    monkeypatch.setattr(native_library.ctypes, "CDLL", lambda *_: other)
+    native_library._load.cache_clear()
+    try:
+        reason = native.unavailable()
+        assert reason is not None and "another version" in reason and "pip install -e ." in reason
+        with use_backend("native"), pytest.raises(LightNetsError, match="another version"):
+            call(Scan(**arguments_of_a_scan()))
+    finally:
+        monkeypatch.undo()
+        native_library._load.cache_clear()
+    assert native.unavailable() is None
 
 
 def test_a_forced_instruction_set_that_is_missing_is_named() -> None:

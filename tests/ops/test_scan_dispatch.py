@@ -13,7 +13,7 @@ import torch
 
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
-from nnunetv2_lightnets.ops.selective_scan import chunked, dispatch, mamba_ssm, reference
+from nnunetv2_lightnets.ops.selective_scan import chunked, dispatch, mamba_ssm, reference, triton_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from tests.ops.operator_call import operator_arguments
 
@@ -139,6 +139,23 @@ def test_the_choice_is_logged_once(make_scan, caplog, monkeypatch):
         "selective scan on cpu: backend 'torch'",
         "selective scan on cpu: backend 'reference'",
     ]
+
+
+def test_a_slow_backend_on_a_gpu_is_a_warning_with_the_reasons(caplog, monkeypatch):
+    """Which users of nnU-Net see: it shows no lower level."""
+    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(triton_scan, "unavailable", lambda: "Triton cannot be imported")
+    monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "it is not installed")
+    scan = types.SimpleNamespace(u=types.SimpleNamespace(device=types.SimpleNamespace(type="cuda")))
+    with caplog.at_level(logging.WARNING, logger="nnunetv2_lightnets"):
+        for _ in range(2):
+            assert dispatch.choose(scan).NAME == "torch"
+        with use_backend("torch"):
+            dispatch.choose(scan)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for words in ("'torch'", "Triton cannot be imported", "it is not installed", "needs a C compiler", "doctor"):
+        assert words in record.getMessage()
 
 
 # mamba-ssm: a stand-in for its compiled module, as mamba-ssm itself cannot be built without a GPU.

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
 from nnunetv2_lightnets.ops.flops import register_flop_formulas
-from nnunetv2_lightnets.ops.selective_scan import reference
+from nnunetv2_lightnets.ops.selective_scan import chunked, reference
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from tests.ops.operator_call import operator_arguments
 
@@ -105,6 +105,45 @@ def test_compiled_scans_obey_the_backend_forced_when_they_run(make_scan, monkeyp
         torch.testing.assert_close(ours, wanted)
     with use_backend("reference"), pytest.raises(AssertionError, match="not asked for"):
         compiled(*tensors)
+
+
+@pytest.mark.parametrize("directional", [False, True])
+def test_gradients_of_compiled_scans_are_computed_by_what_was_forced(directional, make_scan, monkeypatch):
+    """Long after the block in which the output was computed, and with other backends forced."""
+    used = []
+    for module in (reference, chunked):
+        for way in ("forward", "backward"):
+            original, name = getattr(module, way), f"{module.NAME} {way}"
+            monkeypatch.setattr(module, way, lambda *a, f=original, name=name: used.append(name) or f(*a))
+    tensors = _directional() if directional else make_scan(length=10).tensors
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    order = scan_order((5, 7))
+    function = (lambda *x: directional_scan(*x, order=order)) if directional else selective_scan
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for name in ("reference", "torch"):
+        with use_backend(name):
+            outputs.append(compiled(*leaves))
+    with use_backend("torch"):
+        outputs[0].sum().backward()
+    outputs[1].sum().backward()
+    assert used == ["reference forward", "torch forward", "reference backward", "torch backward"]
+
+
+def test_scans_from_an_initial_state_compile_and_export(make_scan):
+    scan = make_scan(length=80, initial=True).to(torch.float32)
+
+    def function(*x):
+        out, last_state = selective_scan(*x[:-1], True, True, x[-1])
+        return out.sum() + last_state.square().sum()
+
+    tensors = (*scan.tensors, scan.initial_state)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, wanted in zip(
+        _value_and_gradients(compiled, tensors), _value_and_gradients(function, tensors), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -204,6 +243,19 @@ def test_gradients_without_saved_states(backend, make_scan):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_initial_state_may_come_in_any_dtype(backend, make_scan):
+    scan = make_scan(initial=True).to(torch.bfloat16)
+    initial_state = scan.initial_state.bfloat16().requires_grad_()
+    with use_backend(backend):
+        out, last_state = selective_scan(*scan.tensors, True, True, initial_state)
+        expected, expected_state = selective_scan(*scan.tensors, True, True, initial_state.float())
+    assert (out.dtype, last_state.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(out, expected) and torch.equal(last_state, expected_state)
+    (grad,) = torch.autograd.grad(last_state.sum(), initial_state)
+    assert grad.dtype == torch.bfloat16 and grad.abs().sum() > 0
+
+
 def test_double_backward_is_refused(make_scan):
     leaves = [x.requires_grad_() for x in make_scan(length=5).tensors]
     (grad,) = torch.autograd.grad(selective_scan(*leaves, True).square().sum(), leaves[0], create_graph=True)
@@ -290,6 +342,7 @@ SHAPE_ERRORS = {
     "D": (torch.ones(5), r"D has shape \(5,\), expected \(6\)"),
     "z": (torch.ones(2, 6, 1), r"z has shape \(2, 6, 1\)"),
     "delta_bias": (torch.ones(6, 1), r"delta_bias has shape \(6, 1\)"),
+    "initial_state": (torch.ones(2, 3, 6), r"initial_state has shape \(2, 3, 6\), expected \(2, 6, 3\)"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_lightnets.ops import available_backends, causal_conv1d, selective_scan, use_backend
 from nnunetv2_lightnets.ops.selective_scan import chunked
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
+from tests.ops.operator_call import operator_arguments
 
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
 
@@ -64,6 +67,56 @@ def test_the_last_state_continues_a_sequence(backend, cut, make_scan):
     rest = rest + torch.einsum("bdln,bdnl->bdl", carried, C) * F.silu(z[..., cut:])
     torch.testing.assert_close(rest, whole[..., cut:], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(rest_state + carried[:, :, -1], whole_state, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [1, 63, 64, 65, 100, 128, 169])
+@pytest.mark.parametrize("options", [{"layout": "channels-last"}, {"z": False, "groups": 2, "initial": True}])
+def test_a_sequence_in_two_parts(backend, cut, options, make_scan, assert_close):
+    """Outputs, last state and all gradients are those of the whole, wherever it is cut."""
+    scan = make_scan(length=170, **options)
+    results = []
+    for cuts in ([slice(None)], [slice(cut), slice(cut, None)]):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (*scan.tensors, scan.initial_state)]
+        whole = replace(scan, tensors=tuple(leaves[:-1]))
+        outputs, state = [], leaves[-1]
+        for tokens in cuts:
+            part = whole.part(tokens, state)
+            out, state = selective_scan(*part.tensors, True, True, part.initial_state)
+            outputs.append(out)
+        out = torch.cat(outputs, -1)
+        given = [x for x in leaves if x is not None]
+        gradients = torch.autograd.grad(out.sin().sum() + state.cos().sum(), given)
+        results.append({str(i): x.detach() for i, x in enumerate((out, state, *gradients))})
+    assert_close(results[1], results[0], 1e-11)
+
+
+@pytest.mark.parametrize("cut", [1, 64, 99])
+def test_directions_in_two_parts(backend, cut, assert_close):
+    """The operator takes the states of all directions, too: tokens before and after a cut of each direction's path."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(130, generator=generator) for _ in range(3)]).int()
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = [normal(2, 4, 130), normal(2, 3, 4, 130), -normal(3, 4, 2).exp(), normal(2, 3, 2, 130)]
+    tensors += [normal(2, 3, 2, 130), normal(3, 4)]
+    # In the second part, the tokens of the first take no step, and give no output; and the other way round.
+    first = torch.zeros(3, 130, dtype=torch.bool).scatter_(1, order[:, :cut].long(), True)[:, None]
+    results = []
+    for masks in ([torch.ones_like(first)], [first, ~first]):
+        u, delta, A, B, C, bias = (x.detach().requires_grad_() for x in tensors)
+        initial_state = torch.ones(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+        steps = torch.nn.functional.softplus(delta + bias[..., None])
+        out, state = 0, initial_state
+        for mask in masks:
+            scan = Scan(u, steps * mask, A, B, C * mask, None, None, None, state, order)
+            y, state, *_ = torch.ops.nnunetv2_lightnets.selective_scan(*operator_arguments(scan), True, False)
+            out = out + y
+        leaves = [u, delta, A, B, C, bias, initial_state]
+        gradients = torch.autograd.grad(out.sin().sum() + state.cos().sum(), leaves)
+        results.append({str(i): x.detach() for i, x in enumerate((out, state, *gradients))})
+    assert_close(results[1], results[0], 1e-11)
 
 
 def test_batch_items_are_independent(backend, make_scan):

@@ -71,8 +71,23 @@ def test_softplus_skip_and_gate(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softplus", [True, False])
-def test_gradients_equal_finite_differences(backend, softplus, make_scan):
-    scan = make_scan(batch=2, channels=2, length=5, state=2, groups=2, softplus=softplus)
+@pytest.mark.parametrize("initial", [True, False])
+def test_gradients_equal_finite_differences(backend, softplus, initial, make_scan):
+    scan = make_scan(batch=2, channels=2, length=5, state=2, groups=2, softplus=softplus, initial=initial)
     leaves = [x.requires_grad_() for x in scan.tensors]
+    if initial:
+        leaves.append(scan.initial_state.requires_grad_())
     with use_backend(backend):
-        assert torch.autograd.gradcheck(lambda *x: selective_scan(*x, softplus, return_last_state=True), leaves)
+        assert torch.autograd.gradcheck(lambda *x: selective_scan(*x[:8], softplus, True, *x[8:]), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_initial_state_decays(backend):
+    """Without inputs, a state of 2 gives 2 C exp(step * A) at the first token, and so on."""
+    zero = torch.zeros(1, 1, 100, dtype=torch.float64)
+    A, state = torch.full((1, 1), -0.3, dtype=torch.float64), torch.full((1, 1, 1), 2.0, dtype=torch.float64)
+    with use_backend(backend):
+        out, last = selective_scan(zero, zero + 0.5, A, zero, zero + 3, return_last_state=True, initial_state=state)
+    expected = 2 * torch.exp(-0.15 * torch.arange(1, 101, dtype=torch.float64))
+    torch.testing.assert_close(out[0, 0], 3 * expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(last.flatten(), expected[-1:], rtol=1e-12, atol=0)
