@@ -60,11 +60,11 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def define_backward(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define an operator that computes gradients, and refuses to be differentiated itself."""
-    define(schema, kernel, fake, _save_nothing, _refuse_double_backward)
+    define(schema, kernel, fake, save_nothing, _refuse_double_backward)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The ``setup_context`` of an operator whose gradient needs nothing."""
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops.library import define, save_nothing
 
 Direction = tuple[Sequence[int], bool]
 """Axes of the image from the slowest to the fastest changing, and whether the path runs backwards."""
@@ -52,9 +53,21 @@ def scan_order(
             )
         tokens = image.permute(*axes).flatten()
         path.copy_(tokens.flip(0) if backwards else tokens)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.nnunetv2_lightnets.known_order(order)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():  # by torch.export: whoever runs the program looks at its orders
         _checked[order] = _version(order)
     return order
+
+
+def _known_order(order: Tensor) -> Tensor:
+    """In a compiled graph, where tensors are new in every call: a copy that need not be looked at."""
+    order = order.clone()
+    _checked[order] = _version(order)
+    return order
+
+
+define("known_order(Tensor order) -> Tensor", _known_order, torch.empty_like, save_nothing, lambda ctx, grad: None)
 
 
 def check_order(order: Tensor) -> None:

@@ -245,6 +245,12 @@ def test_orders_are_looked_at_once_and_after_each_change(inference, monkeypatch)
     arguments = [x.requires_grad_() for x in _arguments(1, 3, 12, 4, 4)]
     directional_scan(*arguments, order=scan_order((3, 4))).sum().backward()
     assert not looks  # its results are known to be orders
+    compiled = torch.compile(
+        lambda *x: directional_scan(*x, order=scan_order((3, 4))), fullgraph=True, backend="aot_eager"
+    )
+    for _ in range(2):
+        compiled(*arguments).sum().backward()
+    assert not looks  # in a compiled network, too
     order = scan_order((3, 4)).flip(1)
     for _ in range(3):
         directional_scan(*arguments, order=order).sum().backward()
