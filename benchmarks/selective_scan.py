@@ -3,7 +3,7 @@
     python benchmarks/selective_scan.py [--threads N] [--rounds 7] [--seconds 3] [--only s]
 
 writes ``benchmarks/results/selective_scan.csv``, beside it ``selective_scan_machine.json``, and from both the table in
-``docs/selective_scan.md`` (which ``--table`` writes again without measuring). Implementations take
+``docs/selective_scan.md`` (which tables.py writes again without measuring). Implementations take
 turns in one process, so that a busy moment of the machine hits them alike; each takes at most ``--rounds`` turns, and
 none that it would start after ``--seconds`` of its own. Memory is measured in a fresh process for each row, errors
 against the torch backend in float64 (which the tests hold to the textbook loop). Run it on a machine that does nothing
@@ -365,24 +365,37 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
     return rows
 
 
+COLUMNS = (  # of the table on the page: title, pass, implementation and what of it
+    ("published, ms", "forward", PUBLISHED, "ms"),
+    ("torch, ms", "forward", "torch", "ms"),
+    ("native, ms", "forward", "native", "ms"),
+    ("native, % of the bound", "forward", "native", "% of the bound"),
+    ("torch, with gradients, ms", "forward+backward", "torch", "ms"),
+    ("native, with gradients, ms", "forward+backward", "native", "ms"),
+    ("native, extra MiB", "forward+backward", "native", "extra MiB"),
+    ("native, largest relative error", "forward+backward", "native", "largest relative error"),
+)
+
+
 def write_page(results: Path) -> None:
-    """Put what is recorded on the page, and name the machine."""
-    rows = read_rows(results)
+    """Put the most telling of what is recorded on the page, one row a case, and name the machine."""
+    rows = {(row["case"], row["pass"], row["implementation"]): row for row in read_rows(results)}
     about = json.loads(results.with_name(f"{results.stem}_machine.json").read_text())
-    columns = [
-        "case",
-        "pass",
-        "implementation",
-        "ms",
-        "times faster than the first",
-        "% of the bound",
-        "extra MiB",
-        "largest relative error",
+    table = [
+        {
+            "case": name,
+            **{title: rows.get((name, way, which), {}).get(value, "") for title, way, which, value in COLUMNS},
+        }
+        for name in CASES
+        if (name, "forward", "native") in rows
     ]
-    lines = markdown(columns, rows)
-    cases = {row["case"]: row["about"] for row in rows}
-    lines += ["", *(f"- `{name}`: {CASES[name].sizes()}; {text}." for name, text in cases.items()), ""]
-    lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    lines = markdown(["case", *(title for title, *_ in COLUMNS)], table)
+    lines += ["", *(f"- `{row['case']}`: {CASES[row['case']].sizes()}; {CASES[row['case']].about}." for row in table)]
+    lines += [
+        "",
+        f"[All rows](../benchmarks/results/{results.name}), with the other ways and the fastest of the calls.",
+    ]
+    lines += ["", "Measured on: " + ", ".join(f"{key} {value}" for key, value in about.items()) + "."]
     write_table(PAGE, Path(__file__).name, lines)
 
 
