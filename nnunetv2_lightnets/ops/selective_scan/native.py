@@ -83,8 +83,8 @@ def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, D, L), last state (B, [K,] D, N) and the states before every chunk, (B, K, chunk, N, D) flat."""
     tensors, order = _readable(scan), None if scan.order is None else scan.order.contiguous()
     out = new_like(scan.u, _sum_dtype(scan))
-    last_state = torch.empty(scan.state_shape, dtype=scan.dtype)
-    states = torch.empty(scan.saved_numbers if save_states else 0, dtype=scan.dtype)
+    last_state = torch.empty(scan.state_shape, dtype=scan.dtype, device="cpu")
+    states = torch.empty(scan.saved_numbers if save_states else 0, dtype=scan.dtype, device="cpu")
     arguments = _arguments(scan, tensors, order)
     arguments.out = describe(out)
     arguments.initial_state = pointer(tensors[-1])

@@ -35,7 +35,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, last_state, states = backend.forward(scan, save_states)
     if traced and save_states and states.numel() != scan.saved_numbers:
         states = scan.A.new_empty(scan.saved_numbers)  # a graph relies on the size that the fake kernel promises
-    return out, last_state.contiguous(), states, torch.scalar_tensor(NAMES.index(backend.NAME), dtype=torch.uint8)
+    used = torch.scalar_tensor(NAMES.index(backend.NAME), dtype=torch.uint8, device="cpu")
+    return out, last_state.contiguous(), states, used
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -71,7 +71,7 @@ def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     if s.z is not None:
         out = out * F.silu(s.z.to(s.dtype))
     states = torch.stack(starts, dim=2).flatten() if starts else h.new_empty(0)
-    return in_layout_of(scan.u, out), h.clone().view(scan.state_shape), states
+    return in_layout_of(scan.u, out), h.view(scan.state_shape), states
 
 
 def _step_sizes(s: Scan) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) ->
         dz = (dy * y * sigmoid * (1 + gate * (1 - sigmoid))).movedim(0, -1)[:, 0]
         dy = dy * gate * sigmoid
 
-    dh = torch.zeros_like(h[0]) if grad_last_state is None else grad_last_state.view(s.state_shape)
+    dh = torch.zeros_like(h[0]) if grad_last_state is None else grad_last_state.reshape(s.state_shape)
     du, dstep, dB, dC = (torch.empty_like(x) for x in (step, step, B, C))
     dA = torch.zeros_like(s.A)
     for t in reversed(range(len(step))):

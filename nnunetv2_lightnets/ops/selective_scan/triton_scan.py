@@ -242,7 +242,7 @@ class _Prepared:
 
 def _end_states(states: Tensor) -> Tensor:
     """Initial or last states (B, [K,] D, N), or their gradients, as the kernels read them: (B * K, 1, N, D)."""
-    return states.view(-1, 1, *states.shape[-2:]).transpose(2, 3).contiguous()
+    return states.reshape(-1, 1, *states.shape[-2:]).transpose(2, 3).contiguous()
 
 
 def _power_of_two(size: int) -> int:
