@@ -29,7 +29,6 @@ else, for about six minutes.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import resource
@@ -43,14 +42,14 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pages import DOCS, markdown, read_rows, write_table
 from published_scan import use_published_scan
+from recording import RESULTS, Record, Tables, link, read_rows, short, table, write_tables
 from torch import Tensor
 
+from nnunetv2_lightnets.files import write_atomically
 from nnunetv2_lightnets.ops import (
     available_backends,
     causal_conv1d,
@@ -60,8 +59,8 @@ from nnunetv2_lightnets.ops import (
     use_backend,
 )
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = DOCS / "selective_scan.md"
+RECORDED, MACHINE = RESULTS / "selective_scan.csv", RESULTS / "selective_scan_machine.json"
+PAGE = "docs/selective_scan.md"
 MIB = 2**20
 ONE_TOKEN = "one token"
 PUBLISHED = "published"
@@ -347,7 +346,6 @@ def rows_of(name: str, case: Case, backward: bool, rounds: int, most: float) -> 
                 "about": case.about,
             }
         )
-        print("  ".join(str(value) for value in list(rows[-1].values())[:-1]), flush=True)
 
     for implementation, seconds in measured.items():
         results = all_results[implementation]
@@ -377,26 +375,20 @@ COLUMNS = (  # of the table on the page: title, pass, implementation and what of
 )
 
 
-def write_page(results: Path) -> None:
-    """Put the most telling of what is recorded on the page, one row a case, and name the machine."""
-    rows = {(row["case"], row["pass"], row["implementation"]): row for row in read_rows(results)}
-    about = json.loads(results.with_name(f"{results.stem}_machine.json").read_text())
-    table = [
-        {
-            "case": name,
-            **{title: rows.get((name, way, which), {}).get(value, "") for title, way, which, value in COLUMNS},
-        }
-        for name in CASES
-        if (name, "forward", "native") in rows
-    ]
-    lines = markdown(["case", *(title for title, *_ in COLUMNS)], table)
-    lines += ["", *(f"- `{row['case']}`: {CASES[row['case']].sizes()}; {CASES[row['case']].about}." for row in table)]
-    lines += [
-        "",
-        f"[All rows](../benchmarks/results/{results.name}), with the other ways and the fastest of the calls.",
-    ]
-    lines += ["", "Measured on: " + ", ".join(f"{key} {value}" for key, value in about.items()) + "."]
-    write_table(PAGE, Path(__file__).name, lines)
+def tables() -> Tables:
+    """The most telling of what is recorded, one row a case, and the machine."""
+    rows = {(row["case"], row["pass"], row["implementation"]): row for row in read_rows(RECORDED)}
+    chosen = []
+    for name, case in CASES.items():
+        cells = {"case": name}
+        for title, way, implementation, value in COLUMNS:
+            recorded = rows.get((name, way, implementation), {}).get(value, "")
+            cells[title] = short(float(recorded)) if recorded and value == "ms" else recorded
+        chosen.append((cells, f"- `{name}`: {case.sizes()}; {case.about}."))
+    lines = [*table([cells for cells, _ in chosen]), "", *(about for _, about in chosen), "", link(PAGE, RECORDED), ""]
+    about = json.loads(MACHINE.read_text())
+    lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    return {PAGE: lines}
 
 
 def main() -> None:
@@ -406,7 +398,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="most turns of each implementation")
     parser.add_argument("--seconds", type=float, default=3, help="no turn starts later than this")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases to measure")
-    parser.add_argument("--output", type=Path, default=RESULTS / "selective_scan.csv", help="where to write the table")
+    parser.add_argument("--output", type=Path, default=RECORDED, help="where to write the table")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # in the fresh process: the implementation to measure
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -418,22 +410,13 @@ def main() -> None:
         print("mambapy is not installed, so not compared: pip install --no-deps mambapy", file=sys.stderr)
     arguments.output.parent.mkdir(exist_ok=True)
     description = arguments.output.with_name(f"{arguments.output.stem}_machine.json")
-    description.write_text(json.dumps(machine(), indent=1) + "\n")
-    by_case: dict[str, list[dict[str, Any]]] = {}
-    for row in read_rows(arguments.output):  # cases that are not measured now are kept
-        by_case.setdefault(row["case"], []).append(row)
+    write_atomically(description, json.dumps(machine(), indent=1) + "\n")
+    record = Record(arguments.output, "case", "pass", "implementation")  # cases that are not measured now are kept
     for name in arguments.only:
-        by_case[name] = [
-            row
-            for backward in (False, True)
-            for row in rows_of(name, CASES[name], backward, arguments.rounds, arguments.seconds)
-        ]
-        with arguments.output.open("w", newline="") as stream:  # after every case, should the rest be cut off
-            writer = csv.DictWriter(stream, list(by_case[name][0]))
-            writer.writeheader()
-            writer.writerows(row for case in CASES for row in by_case.get(case, []))
-    if arguments.output.parent == RESULTS:
-        write_page(arguments.output)
+        for backward in (False, True):
+            record.put(*rows_of(name, CASES[name], backward, arguments.rounds, arguments.seconds))
+    if arguments.output == RECORDED:
+        write_tables(Path(__file__).stem, tables())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SCRIPTS = (  # each has tables()
     "networks_cpu",
     "overview",
     "plans",
+    "selective_scan",
     "statistics_checks",
     "swin_umamba_counts",
     "swin_umamba_forward",
