@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import network_costs
 import overview
 import pytest
 import recording
-import selective_scan
 import tables
 import trainers_cpu
 import training_memory
@@ -28,7 +26,6 @@ LONG = {  # tables of more than MOST_ROWS rows, by page and first column's title
     ("api.md", "name"): "an index of names",
     ("baselines.md", "trainer"): "what each trainer is for; no figures that a file could hold",
     ("planning.md", "name"): "the names that --like takes",
-    ("selective_scan.md", "case"): "written by selective_scan.py in its own way",
     ("troubleshooting.md", "symptom"): "a reader looks for the one at hand",
     ("troubleshooting.md", "message"): "the same",
     ("weights.md", "message"): "the same",
@@ -74,15 +71,7 @@ def test_a_page_shows_what_is_recorded(script: str) -> None:
 
 def test_every_place_for_a_table_has_its_script() -> None:
     named = {name for page in PAGES for name in re.findall(r"<!-- table: benchmarks/(\w+)\.py -->", page.read_text())}
-    assert named == {*tables.SCRIPTS, "selective_scan"}
-
-
-def test_the_scans_page_shows_what_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = Path(shutil.copy(selective_scan.PAGE, tmp_path))
-    monkeypatch.setattr(selective_scan, "PAGE", page)
-    before = page.read_text()
-    selective_scan.write_page(recording.RESULTS / "selective_scan.csv")
-    assert page.read_text() == before
+    assert named == set(tables.SCRIPTS)
 
 
 def test_tables_in_a_text_are_short() -> None:
