@@ -1,4 +1,7 @@
-"""What the two purely convolutional networks, U-Lite and UltraLightUNet, are built from, in 2D and 3D."""
+"""Layers that several networks share, in 2D and 3D: batch norm, depthwise convolutions, pooling and upsampling.
+
+Depthwise convolutions are torch's own in value; on a CPU they are computed in other ways, which are faster.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def channels_last_on_cpu(x: Tensor) -> Tensor:
     return x.clone(memory_format=_CHANNELS_LAST[x.ndim])
 
 
-class DepthwiseLine(nn.Conv3d):
+class AxialDepthwiseConv(nn.Conv3d):
     """Depthwise convolution of a volume along one axis; its kernel is 1 along the other two.
 
     On a CPU the volume, channels last, is taken for a stack of images, without a copy. Torch's depthwise convolution of
@@ -158,12 +161,3 @@ def checked_strides(
             f"got {strides}"
         )
     return checked
-
-
-def refuse_deep_supervision(network: str, deep_supervision: bool) -> None:
-    """Raise LightNetsError if deep supervision is asked of a network that was published with one output."""
-    if deep_supervision:
-        raise LightNetsError(
-            f"{network} has one output, deep_supervision must be False; train it with its own trainer, "
-            "or with nnUNetTrainerNoDeepSupervision"
-        )

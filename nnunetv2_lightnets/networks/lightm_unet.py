@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.layers import CONVOLUTION, checked_strides, max_pool, refuse_deep_supervision
+from nnunetv2_lightnets.networks.layers import CONVOLUTION, checked_strides, max_pool
 from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
@@ -290,7 +290,7 @@ class DecoderStage(nn.Module):
 class Decoder(nn.Module):
     """Stages from coarse to fine, then norm, ReLU, a scale and an offset per channel, and the logits.
 
-    ``deep_supervision`` is there for nnU-Net's trainers, which set it. There is one output whatever its value.
+    There is one output whatever ``deep_supervision`` is set to.
     """
 
     def __init__(self, spatial_dims: int, width: int, blocks: Sequence[int], num_classes: int) -> None:
@@ -354,7 +354,6 @@ class LightMUNet(nn.Module):
         scan: bool = True,
     ) -> None:
         super().__init__()
-        refuse_deep_supervision("lightm_unet", deep_supervision)
         if width < NORM_GROUPS or width % NORM_GROUPS:
             raise LightNetsError(
                 f"lightm_unet's width must be a multiple of {NORM_GROUPS} (its norms have {NORM_GROUPS} groups), "

@@ -31,7 +31,6 @@ from nnunetv2_lightnets.networks.layers import (
     checked_strides,
     depthwise_convolution,
     max_pool,
-    refuse_deep_supervision,
     upsample_linear,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
@@ -306,7 +305,7 @@ class DecoderStage(nn.Module):
 class Decoder(nn.Module):
     """All decoder stages, the spatial attention that they share, and the head.
 
-    ``deep_supervision`` is what nnU-Net's own trainers write; with one output there is nothing for it to switch.
+    There is one output whatever ``deep_supervision`` is set to.
     """
 
     def __init__(
@@ -383,7 +382,6 @@ class UltraLightUNet(nn.Module):
         strides: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        refuse_deep_supervision("UltraLightUNet", deep_supervision)
         if variant not in VARIANTS:
             raise LightNetsError(f"UltraLightUNet has no variant {variant!r}; variants: {', '.join(VARIANTS)}")
         channels = VARIANTS[variant] if channels is None else channels
