@@ -334,7 +334,7 @@ class LightMUNet(nn.Module):
         blocks_down: residual Mamba blocks of each encoder stage.
         blocks_up: residual convolution blocks of each decoder stage, from coarse to fine.
         strides: stride per downsampling and axis, e.g. ((1, 2, 2), (2, 2, 2), (2, 2, 2)); 2 everywhere if None.
-        scan: False builds the network without its selective scans, as a control, see :class:`Mamba`.
+        scan: False builds the network without its selective scans, an ablation, see :class:`Mamba`.
 
     Raises:
         LightNetsError: for deep supervision, a width that is no multiple of 8, or stages that do not fit together.

@@ -113,7 +113,7 @@ class SwinUMamba(nn.Module):
         drop_path_rate: stochastic depth grows over the encoder's blocks from 0 to this value.
         bottleneck_decoder: the released code. False is the first version, whose decoder begins at 1/16. It holds
             the encoder's last stage without using it (the stage is not computed here, and its parameters are fixed).
-        scan: False builds the network without its selective scans, as a control, see :class:`SS2D`.
+        scan: False builds the network without its selective scans, an ablation, see :class:`SS2D`.
 
     Raises:
         LightNetsError: another dimension than 2, or ``features`` and ``depths`` that do not fit together.

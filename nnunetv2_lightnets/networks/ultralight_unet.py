@@ -223,7 +223,7 @@ class AttentionGate(nn.Module):
         self.query_norm = BatchNorm(inner)
         self.key = convolution(channels, inner, kernel_size, padding=kernel_size // 2, groups=groups)
         self.key_norm = BatchNorm(inner)
-        self.weigh = convolution(inner, 1, 1)
+        self.weigh = convolution(inner, 1, 1)  # the paper's psi; checkpoints have this name
         self.weigh_norm = BatchNorm(1)
 
     def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
@@ -243,14 +243,14 @@ class AttentionGate(nn.Module):
 class PreparedAttentionGate(nn.Module):
     """An attention gate whose convolutions of channel pairs are depthwise, which torch has fast kernels for."""
 
-    def __init__(self, query: Convolution, key: Convolution, weigh: Convolution) -> None:
+    def __init__(self, query: Convolution, key: Convolution, psi: Convolution) -> None:
         super().__init__()
         assert query.bias is not None and key.bias is not None
         self.pairs = query.groups > 1
         self.bias = nn.Parameter((query.bias + key.bias).view(1, -1, *[1] * (query.weight.ndim - 2)))
         self.query = _unbiased(query, depthwise=self.pairs)
         self.key = _unbiased(key, depthwise=self.pairs)
-        self.weigh = weigh
+        self.psi = psi
 
     def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
         """``decoded`` and ``skip`` (B, C, *spatial) -> the weighted skip connection, of the same shape."""
@@ -258,7 +258,7 @@ class PreparedAttentionGate(nn.Module):
         found += self.key(skip)
         if self.pairs:
             found = found[:, 0::2] + found[:, 1::2]
-        weight: Tensor = self.weigh(F.relu(found.add_(self.bias), inplace=True))
+        weight: Tensor = self.psi(F.relu(found.add_(self.bias), inplace=True))
         return skip * weight.sigmoid_()
 
 

@@ -157,6 +157,19 @@ def test_passing_server_errors_are_waited_for(site: Any, cache: Path, checkpoint
     assert len(site.requests) == 4
 
 
+def test_progress_is_shown_on_a_terminal(
+    site: Any,
+    cache: Path,
+    checkpoint_bytes: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    site.content[FIRST] = checkpoint_bytes
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    get_vmamba(urls=[site.url + FIRST])
+    assert "100%" in capsys.readouterr().err
+
+
 def test_several_at_once_download_once(
     site: Any, cache: Path, checkpoint_bytes: bytes, state: dict[str, Tensor]
 ) -> None:
