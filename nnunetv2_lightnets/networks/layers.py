@@ -18,7 +18,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 Convolution: TypeAlias = nn.Conv2d | nn.Conv3d
 CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a tensor
-_INTERPOLATION = {4: "bilinear", 5: "trilinear"}
+LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -134,7 +134,9 @@ def upsample_linear(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Bi- or trilinear upsampling of ``x`` (B, C, *spatial) by ``stride`` along each axis."""
     if all(s == 1 for s in stride):
         return x
-    return F.interpolate(x, scale_factor=[float(s) for s in stride], mode=_INTERPOLATION[x.ndim], align_corners=False)
+    return F.interpolate(
+        x, scale_factor=[float(s) for s in stride], mode=LINEAR_INTERPOLATION[x.ndim - 2], align_corners=False
+    )
 
 
 def upsample_nearest(x: Tensor, stride: Sequence[int]) -> Tensor:

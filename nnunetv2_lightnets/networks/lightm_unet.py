@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.layers import CONVOLUTION, checked_strides, max_pool
+from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
 from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
 
 NORM_GROUPS = 8
 FULL_PRECISION = (torch.float32, torch.float64)
-_LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -274,7 +273,7 @@ class DecoderStage(nn.Module):
     def __init__(self, spatial_dims: int, channels: int, blocks: int) -> None:
         super().__init__()
         self.reduce = nn.Linear(2 * channels, channels, bias=False)
-        self.mode = _LINEAR_INTERPOLATION[spatial_dims]
+        self.mode = LINEAR_INTERPOLATION[spatial_dims]
         self.blocks = nn.ModuleList(ResidualConvBlock(spatial_dims, channels) for _ in range(blocks))
 
     def forward(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:

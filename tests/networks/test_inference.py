@@ -19,8 +19,8 @@ SMALL = {
 }
 
 
-def trained(name: str) -> nn.Module:
-    return as_trained(create_network(name, spatial_dims=2, input_channels=2, num_classes=3, **SMALL[name]))
+def trained(name: str, **settings) -> nn.Module:
+    return as_trained(create_network(name, spatial_dims=2, input_channels=2, num_classes=3, **SMALL[name] | settings))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -57,9 +57,11 @@ def test_a_kernel_of_seven_is_one_convolution_where_launches_cost_more_than_prod
         assert not isinstance(volumetric.prepared(), nn.Conv3d)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_prepared_network_can_be_exported_and_pickled(name):
-    prepared, x = prepare_for_inference(trained(name)), torch.randn(1, 2, 40, 36)
+@pytest.mark.parametrize(
+    ("name", "tiny"), [("ulite", {"channels": (4, 8)}), ("ultralight_unet", {"kernel_sizes": (1, 3)})]
+)
+def test_a_prepared_network_can_be_exported_and_pickled(name, tiny):
+    prepared, x = prepare_for_inference(trained(name, **tiny)), torch.randn(1, 2, 40, 36)
     expected = prepared(x)
     torch.testing.assert_close(torch.export.export(prepared, (x,)).module()(x), expected)
     torch.testing.assert_close(copy.deepcopy(prepared)(x), expected)

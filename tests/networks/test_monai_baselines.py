@@ -20,7 +20,7 @@ class MonaiTests(NetworkTests):
     """Our networks have the papers' widths alone; here MONAI is asked for narrower ones in their place."""
 
     narrow: dict[str, Any]
-    slow_to_compile = (2, 3)
+    slow = ("compiles 2D", "compiles 3D", "exports 2D", "exports 3D")
     float32_error = 1e-4
 
     @pytest.fixture(autouse=True)
@@ -42,6 +42,7 @@ class TestUNETR(MonaiTests):
     name = "unetr"
     narrow = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 24, "num_heads": 2}
     needs_patch_size = True
+    dims = (2,)  # as below: its 12 transformer blocks are the same in 3D
 
 
 class TestSwinUNETR(MonaiTests):
@@ -73,9 +74,10 @@ def test_unetr_has_the_published_parameters_but_for_norms_that_nobody_uses(dims,
     assert sum(p.numel() for p in network.parameters()) == count - 12 * 2 * 768  # 12 blocks, scale and offset
 
 
-def test_swin_unetr_takes_volumes():
+@pytest.mark.parametrize("name", ["unetr", "swin_unetr"])
+def test_volumes_of_any_size(name):
     with torch.device("meta"), torch.no_grad():
-        assert build("swin_unetr", 3)(torch.empty(1, 1, 8, 9, 40)).shape == (1, 2, 8, 9, 40)
+        assert build(name, 3, patch=(8, 9, 40))(torch.empty(1, 1, 8, 9, 40)).shape == (1, 2, 8, 9, 40)
 
 
 def test_unetr_refuses_what_is_larger_than_its_patch():

@@ -27,18 +27,16 @@ CHANNELS = {
 class TestUltraLightUNet(NetworkTests):
     name = "ultralight_unet"
     settings = {"variant": "T"}
+    tiny = {"kernel_sizes": (1, 3)}
     stride = 32
-    slow_to_compile = (2, 3)
+    slow = ("compiles 2D", "compiles 3D")
     cases = [
         ((37, 51), {"strides": ((2, 2), (2, 2), (1, 2), (1, 1), (1, 1))}),
-        ((40, 64), {"strides": ((2, 2), (2, 2), (2, 1), (1, 1), (1, 1))}),
         ((40, 33), {"depths": (1, 2, 1, 3, 1), "gag_kernel": 1}),
         ((32, 32), {"kernel_sizes": (3, 7), "expansion": 3, "gag_kernel": 5}),
-        ((32, 32), {"kernel_sizes": (3,)}),
-        ((32, 32), {"channels": (2, 4, 6, 8, 9)}),
+        ((32, 32), {"kernel_sizes": (3,), "channels": (2, 4, 6, 8, 9)}),
         ((9, 33, 40), {"strides": ((1, 2, 2), (2, 2, 2), (1, 2, 2), (2, 2, 2), (1, 1, 2))}),
         ((3, 64, 64), {"strides": ((1, 2, 2),) * 5}),
-        ((20, 32, 28), {"strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 1))}),
     ]
 
 
@@ -124,8 +122,7 @@ PARAMETERS_3D = [
 @pytest.mark.parametrize(("inputs", "classes", "counts"), PARAMETERS_2D)
 def test_parameters_2d(inputs, classes, counts):
     for variant, count in counts.items():
-        with torch.device("meta"):
-            network = UltraLightUNet(spatial_dims=2, input_channels=inputs, num_classes=classes, variant=variant)
+        network = UltraLightUNet(spatial_dims=2, input_channels=inputs, num_classes=classes, variant=variant)
         dead = classes * (sum(CHANNELS[variant][:3]) + 3)
         assert sum(p.numel() for p in network.parameters()) == count - dead
 
@@ -133,16 +130,14 @@ def test_parameters_2d(inputs, classes, counts):
 @pytest.mark.parametrize(("inputs", "classes", "counts"), PARAMETERS_3D)
 def test_parameters_3d(inputs, classes, counts):
     for variant, count in counts.items():
-        with torch.device("meta"):
-            network = UltraLightUNet(spatial_dims=3, input_channels=inputs, num_classes=classes, variant=variant)
+        network = UltraLightUNet(spatial_dims=3, input_channels=inputs, num_classes=classes, variant=variant)
         assert sum(p.numel() for p in network.parameters()) == count
 
 
 def multiply_accumulates(variant: str, shape: tuple[int, ...]) -> int:
     """Those that torch counts, and those of the one-voxel kernels, which are multiplications here."""
-    with torch.device("meta"):
-        network = UltraLightUNet(spatial_dims=len(shape) - 2, input_channels=shape[1], num_classes=1, variant=variant)
-        x = torch.empty(shape)
+    network = UltraLightUNet(spatial_dims=len(shape) - 2, input_channels=shape[1], num_classes=1, variant=variant)
+    network, x = network.to("meta"), torch.empty(shape, device="meta")
     products = []
     for module in network.modules():
         if isinstance(module, DepthwiseBranch) and module.convolution.weight[0].numel() == 1:

@@ -24,13 +24,14 @@ class UMambaTests(NetworkTests):
 class TestUMambaBot(UMambaTests):
     name = "umamba_bot"
     stride = 8
-    slow_to_compile = (2, 3)  # U-Mamba_Enc has the same layers, and more of them
+    slow = ("compiles 2D", "compiles 3D")
     scans = {2: 1, 3: 1}
 
 
 class TestUMambaEnc(UMambaTests):
     name = "umamba_enc"
     needs_patch_size = True
+    slow = ("compiles 2D", "compiles 3D", "exports 3D")
     scans = {2: 1, 3: 2}
     bfloat16_error = 0.25  # where it mixes channels, over few voxels
 
