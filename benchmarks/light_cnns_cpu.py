@@ -148,7 +148,7 @@ class ULiteAsPublished(ChannelsFirst):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         for line in self.network.modules():
-            if isinstance(line, layers.DepthwiseLine):
+            if isinstance(line, layers.AxialDepthwiseConv):
                 line.forward = lambda x, line=line: nn.Conv3d.forward(line, x)  # type: ignore[method-assign]
 
 

@@ -1,4 +1,7 @@
-"""What the two purely convolutional networks, U-Lite and UltraLightUNet, are built from, in 2D and 3D."""
+"""Layers that several networks share, in 2D and 3D: batch norm, depthwise convolutions, pooling and upsampling.
+
+Depthwise convolutions are torch's own in value; on a CPU they are computed in other ways, which are faster.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 Convolution: TypeAlias = nn.Conv2d | nn.Conv3d
 CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a tensor
-_INTERPOLATION = {4: "bilinear", 5: "trilinear"}
+LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -47,7 +50,7 @@ def channels_last_on_cpu(x: Tensor) -> Tensor:
     return x.clone(memory_format=_CHANNELS_LAST[x.ndim])
 
 
-class DepthwiseLine(nn.Conv3d):
+class AxialDepthwiseConv(nn.Conv3d):
     """Depthwise convolution of a volume along one axis; its kernel is 1 along the other two.
 
     On a CPU the volume, channels last, is taken for a stack of images, without a copy. Torch's depthwise convolution of
@@ -131,7 +134,9 @@ def upsample_linear(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Bi- or trilinear upsampling of ``x`` (B, C, *spatial) by ``stride`` along each axis."""
     if all(s == 1 for s in stride):
         return x
-    return F.interpolate(x, scale_factor=[float(s) for s in stride], mode=_INTERPOLATION[x.ndim], align_corners=False)
+    return F.interpolate(
+        x, scale_factor=[float(s) for s in stride], mode=LINEAR_INTERPOLATION[x.ndim - 2], align_corners=False
+    )
 
 
 def upsample_nearest(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -158,12 +163,3 @@ def checked_strides(
             f"got {strides}"
         )
     return checked
-
-
-def refuse_deep_supervision(network: str, deep_supervision: bool) -> None:
-    """Raise LightNetsError if deep supervision is asked of a network that was published with one output."""
-    if deep_supervision:
-        raise LightNetsError(
-            f"{network} has one output, deep_supervision must be False; train it with its own trainer, "
-            "or with nnUNetTrainerNoDeepSupervision"
-        )

@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.layers import CONVOLUTION, checked_strides, max_pool, refuse_deep_supervision
+from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
 from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
 
 NORM_GROUPS = 8
 FULL_PRECISION = (torch.float32, torch.float64)
-_LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -274,7 +273,7 @@ class DecoderStage(nn.Module):
     def __init__(self, spatial_dims: int, channels: int, blocks: int) -> None:
         super().__init__()
         self.reduce = nn.Linear(2 * channels, channels, bias=False)
-        self.mode = _LINEAR_INTERPOLATION[spatial_dims]
+        self.mode = LINEAR_INTERPOLATION[spatial_dims]
         self.blocks = nn.ModuleList(ResidualConvBlock(spatial_dims, channels) for _ in range(blocks))
 
     def forward(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:
@@ -290,7 +289,7 @@ class DecoderStage(nn.Module):
 class Decoder(nn.Module):
     """Stages from coarse to fine, then norm, ReLU, a scale and an offset per channel, and the logits.
 
-    ``deep_supervision`` is there for nnU-Net's trainers, which set it. There is one output whatever its value.
+    There is one output whatever ``deep_supervision`` is set to.
     """
 
     def __init__(self, spatial_dims: int, width: int, blocks: Sequence[int], num_classes: int) -> None:
@@ -334,7 +333,7 @@ class LightMUNet(nn.Module):
         blocks_down: residual Mamba blocks of each encoder stage.
         blocks_up: residual convolution blocks of each decoder stage, from coarse to fine.
         strides: stride per downsampling and axis, e.g. ((1, 2, 2), (2, 2, 2), (2, 2, 2)); 2 everywhere if None.
-        scan: False builds the network without its selective scans, as a control, see :class:`Mamba`.
+        scan: False builds the network without its selective scans, an ablation, see :class:`Mamba`.
 
     Raises:
         LightNetsError: for deep supervision, a width that is no multiple of 8, or stages that do not fit together.
@@ -354,7 +353,6 @@ class LightMUNet(nn.Module):
         scan: bool = True,
     ) -> None:
         super().__init__()
-        refuse_deep_supervision("lightm_unet", deep_supervision)
         if width < NORM_GROUPS or width % NORM_GROUPS:
             raise LightNetsError(
                 f"lightm_unet's width must be a multiple of {NORM_GROUPS} (its norms have {NORM_GROUPS} groups), "

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.layers import refuse_deep_supervision
-from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple
+from nnunetv2_lightnets.networks.padding import crop_to, pad_to_bound, pad_to_multiple
 from nnunetv2_lightnets.networks.registry import register_network
 
 
@@ -26,12 +25,12 @@ def _monai(name: str) -> Any:
         return getattr(importlib.import_module("monai.networks.nets"), name)
     except ImportError as error:
         raise LightNetsError(
-            f"{name} comes from MONAI, which cannot be imported ({error}); pip install 'nnunetv2-lightnets[baselines]'"
+            f"{name} comes from MONAI, which cannot be imported ({error}); pip install 'monai>=1.5'"
         ) from error
 
 
 class Head(nn.Module):
-    """The layer that makes the logits, where nnU-Net looks for it; there is one output whatever is set."""
+    """The layer that makes the logits; there is one output whatever ``deep_supervision`` is set to."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -68,7 +67,6 @@ class SegResNet(MonaiNetwork):
     def __init__(
         self, *, spatial_dims: int, input_channels: int, num_classes: int, deep_supervision: bool = False
     ) -> None:
-        refuse_deep_supervision("segresnet", deep_supervision)
         body = _monai("SegResNet")(
             spatial_dims=spatial_dims,
             init_filters=32,
@@ -102,7 +100,6 @@ class UNETR(MonaiNetwork):
         deep_supervision: bool = False,
         patch_size: Sequence[int],
     ) -> None:
-        refuse_deep_supervision("unetr", deep_supervision)
         size = tuple(side + -side % 16 for side in patch_size)
         body = _monai("UNETR")(
             input_channels, num_classes, size, feature_size=16, spatial_dims=spatial_dims, proj_type="conv"
@@ -116,13 +113,7 @@ class UNETR(MonaiNetwork):
         super().__init__(body, head, size)
 
     def _padded(self, x: Tensor) -> Tensor:
-        if any(side > bound for side, bound in zip(x.shape[2:], self.multiple, strict=True)):
-            patch, own = (" x ".join(map(str, size)) for size in (x.shape[2:], self.multiple))
-            raise LightNetsError(
-                f"unetr was built for patches of {own} voxels, to which its position embedding is bound, and takes "
-                f"none of {patch}; predict patch by patch, as nnU-Net does, or train it with that patch size"
-            )
-        return super()._padded(x)
+        return pad_to_bound(x, self.multiple, "unetr")
 
 
 @register_network("swin_unetr", spatial_dims=(2, 3))
@@ -132,10 +123,11 @@ class SwinUNETR(MonaiNetwork):
     def __init__(
         self, *, spatial_dims: int, input_channels: int, num_classes: int, deep_supervision: bool = False
     ) -> None:
-        refuse_deep_supervision("swin_unetr", deep_supervision)
         network = _monai("SwinUNETR")
+        device = torch.get_default_device()
         with torch.device("cpu"):  # MONAI reads numbers from a tensor that it makes
             body = network(input_channels, num_classes, feature_size=48, spatial_dims=spatial_dims)
+        body.to(device)
         head, body.out = body.out, nn.Identity()
         super().__init__(body, head, (32,) * spatial_dims)
 

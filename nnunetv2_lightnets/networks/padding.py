@@ -1,4 +1,4 @@
-"""Padding to a network's stride and cropping back, so that any patch runs."""
+"""Padding to what a network takes and cropping back, so that any patch runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from nnunetv2_lightnets.errors import LightNetsError
 
 
 def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -19,8 +21,8 @@ def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
     """Zero-pad the end of every spatial axis of ``x`` (B, C, *spatial) to a multiple of ``multiple``.
 
-    Zero is the mean of a z-scored image, and what nnU-Net itself pads with. Sizes that fit are returned as they
-    are, so that networks stay equal to the published ones there.
+    Zero is the mean of a z-scored image. Sizes that fit are returned as they are, so that networks stay equal to the
+    published ones there.
     """
     missing = [-size % m for size, m in zip(x.shape[2:], multiple, strict=True)]
     if not any(missing):
@@ -29,12 +31,44 @@ def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
     return F.pad(x, pad)
 
 
+def pad_to_bound(x: Tensor, bound: Sequence[int], network: str) -> Tensor:
+    """Zero-pad the end of every spatial axis of ``x`` (B, C, *spatial) to ``bound``, the only size ``network`` takes.
+
+    Raises:
+        LightNetsError: if ``x`` is larger along an axis.
+    """
+    if any(side > own for side, own in zip(x.shape[2:], bound, strict=True)):
+        patch, own = (" x ".join(map(str, size)) for size in (x.shape[2:], bound))
+        raise LightNetsError(
+            f"{network} was built for patches of {own} voxels, which some of its weights depend on, and takes none of "
+            f"{patch}; predict patch by patch, or train it with that patch size"
+        )
+    return pad_to_multiple(x, bound)
+
+
 def crop_to(x: Tensor, spatial: Sequence[int]) -> Tensor:
     """Crop the end of every spatial axis of ``x`` (B, C, *spatial) to the sizes ``spatial``, as a fresh tensor.
 
-    A cropped view would alias memory that nnU-Net's predictor then changes in place, so it is copied.
+    A copy, not a view: whoever gets the logits may change them in place.
     """
     if tuple(x.shape[2:]) == tuple(spatial):
         return x
     kept: tuple[slice, ...] = tuple(slice(0, size) for size in spatial)
     return x[(slice(None), slice(None), *kept)].contiguous()
+
+
+def crop_heads(heads: Sequence[Tensor], size: Sequence[int], scales: Sequence[Sequence[float]]) -> list[Tensor]:
+    """Crop each head of a network with deep supervision to its size for an input of ``size``.
+
+    Args:
+        heads: logits (B, classes, *spatial) from fine to coarse, each at least of the size below.
+        size: of the input, per axis.
+        scales: of each head's resolution, per axis; 1 is the input's.
+
+    Returns:
+        Logits of which each side is the input's side times the scale, rounded, and at least 1.
+    """
+    return [
+        crop_to(head, [side if s == 1 else max(1, round(int(side) * s)) for side, s in zip(size, scale, strict=True)])
+        for head, scale in zip(heads, scales, strict=False)
+    ]

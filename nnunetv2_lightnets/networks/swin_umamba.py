@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_lightnets.networks.padding import pad_to_multiple
+from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_multiple
 from nnunetv2_lightnets.networks.registry import register_network
-from nnunetv2_lightnets.networks.vss import VSSMEncoder, check_2d_pyramid, crop_heads
+from nnunetv2_lightnets.networks.vss import VSSMEncoder, check_pyramid
 
 _SLOPE = 0.01  # of the leaky ReLUs
 
@@ -79,7 +79,7 @@ class SwinUMambaDecoder(nn.Module):
 
     def __init__(self, skips: Sequence[int], bottom: int, heads: int, num_classes: int, deep_supervision: bool) -> None:
         super().__init__()
-        self.deep_supervision = deep_supervision  # nnU-Net switches it here
+        self.deep_supervision = deep_supervision  # may be switched at any time
         inputs = (bottom, *reversed(skips[1:]))
         self.ups = nn.ModuleList(UpBlock(*pair) for pair in zip(inputs, reversed(skips), strict=True))
         self.last = ResidualBlock(skips[0], skips[0])
@@ -95,7 +95,7 @@ class SwinUMambaDecoder(nn.Module):
         return [head(level) for head, level in zip(heads, levels, strict=False)]
 
 
-@register_network("swin_umamba", spatial_dims=(2,))
+@register_network("swin_umamba", spatial_dims=(2,), deep_supervision=True)
 class SwinUMamba(nn.Module):
     """Swin-UMamba.
 
@@ -113,7 +113,7 @@ class SwinUMamba(nn.Module):
         drop_path_rate: stochastic depth grows over the encoder's blocks from 0 to this value.
         bottleneck_decoder: the released code. False is the first version, whose decoder begins at 1/16. It holds
             the encoder's last stage without using it (the stage is not computed here, and its parameters are fixed).
-        scan: False builds the network without its selective scans, as a control, see :class:`SS2D`.
+        scan: False builds the network without its selective scans, an ablation, see :class:`SS2D`.
 
     Raises:
         LightNetsError: another dimension than 2, or ``features`` and ``depths`` that do not fit together.
@@ -134,7 +134,7 @@ class SwinUMamba(nn.Module):
         scan: bool = True,
     ) -> None:
         super().__init__()
-        check_2d_pyramid("swin_umamba", spatial_dims, features[1:], depths)
+        check_pyramid("swin_umamba", features[1:], depths)
         self.stride = 2 ** len(features)  # the stem's 2, the patch embedding's 2, then 2 between stages
         self.deep_supervision_scales = tuple(2.0**-i for i in range(len(features) - 1))
         self.bottleneck_decoder = bottleneck_decoder
@@ -167,7 +167,9 @@ class SwinUMamba(nn.Module):
         features = [x, stem, *(stage.permute(0, 3, 1, 2).contiguous() for stage in stages)]
         skips = [skip(feature) for skip, feature in zip(self.skips, features, strict=False)]
         bottom = features[-1] if self.bottleneck_decoder else skips.pop()
-        logits = crop_heads(self.decoder(bottom, skips), size, self.deep_supervision_scales)
+        logits = crop_heads(
+            self.decoder(bottom, skips), size, [(scale, scale) for scale in self.deep_supervision_scales]
+        )
         return logits if self.decoder.deep_supervision else logits[0]
 
     def prepare_for_inference_(self) -> None:

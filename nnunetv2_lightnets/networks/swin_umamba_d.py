@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_lightnets.networks.padding import pad_to_multiple
+from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_multiple
 from nnunetv2_lightnets.networks.registry import register_network
-from nnunetv2_lightnets.networks.vss import VSSMEncoder, VSSStage, check_2d_pyramid, crop_heads
+from nnunetv2_lightnets.networks.vss import VSSMEncoder, VSSStage, check_pyramid
 
 _PATCH = 4  # side of the encoder's patches, and factor of the last expansion
 _BLOCKS = 2  # of each decoder stage
@@ -70,7 +70,7 @@ class SwinUMambaDDecoder(nn.Module):
         self, features: Sequence[int], num_classes: int, d_state: int, drop_path_rate: float, deep_supervision: bool
     ) -> None:
         super().__init__()
-        self.deep_supervision = deep_supervision  # nnU-Net switches it here
+        self.deep_supervision = deep_supervision  # may be switched at any time
         channels = tuple(reversed(features))  # coarse to fine
         fine = channels[1:]
         rates = torch.linspace(drop_path_rate, 0, _BLOCKS * len(fine), device="cpu").tolist()
@@ -99,7 +99,7 @@ class SwinUMambaDDecoder(nn.Module):
         return [head(level) for head, level in heads][::-1]
 
 
-@register_network("swin_umamba_d", spatial_dims=(2,))
+@register_network("swin_umamba_d", spatial_dims=(2,), deep_supervision=True)
 class SwinUMambaD(nn.Module):
     """Swin-UMamba†.
 
@@ -135,7 +135,7 @@ class SwinUMambaD(nn.Module):
         drop_path_rate: float = 0.2,
     ) -> None:
         super().__init__()
-        check_2d_pyramid("swin_umamba_d", spatial_dims, features, depths)
+        check_pyramid("swin_umamba_d", features, depths)
         self.stride = _PATCH * 2 ** (len(features) - 1)
         self.deep_supervision_scales = (1.0, *(1 / (_PATCH * 2**i) for i in range(len(features) - 1)))
         self.vssm_encoder = VSSMEncoder(input_channels, _PATCH, features, depths, d_state, drop_path_rate)
@@ -150,7 +150,7 @@ class SwinUMambaD(nn.Module):
         """Logits of ``x`` (B, input_channels, H, W): (B, num_classes, H, W), or a list from fine to coarse."""
         size = x.shape[2:]
         stages = self.vssm_encoder(pad_to_multiple(x, (self.stride, self.stride)))
-        logits = crop_heads(self.decoder(stages), size, self.deep_supervision_scales)
+        logits = crop_heads(self.decoder(stages), size, [(scale, scale) for scale in self.deep_supervision_scales])
         return logits if self.decoder.deep_supervision else logits[0]
 
     def vmamba_keys(self) -> dict[str, str]:

@@ -23,13 +23,12 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
+    AxialDepthwiseConv,
     BatchNorm,
     Convolution,
-    DepthwiseLine,
     channels_last_on_cpu,
     checked_strides,
     max_pool,
-    refuse_deep_supervision,
     upsample_nearest,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
@@ -45,7 +44,7 @@ class AxialDepthwise(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, spatial_dims: int, dilation: int = 1) -> None:
         super().__init__()
-        convolution = nn.Conv2d if spatial_dims == 2 else DepthwiseLine
+        convolution = nn.Conv2d if spatial_dims == 2 else AxialDepthwiseConv
         self.axes = nn.ModuleList()
         for axis in range(spatial_dims):
             kernel, padding = [1] * spatial_dims, [0] * spatial_dims
@@ -228,7 +227,7 @@ class PreparedDecoderStage(nn.Module):
 class Decoder(nn.Module):
     """All decoder stages and the head.
 
-    ``deep_supervision`` is what nnU-Net's own trainers write; with one output there is nothing for it to switch.
+    There is one output whatever ``deep_supervision`` is set to.
     """
 
     def __init__(
@@ -286,7 +285,6 @@ class ULite(nn.Module):
         strides: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        refuse_deep_supervision("U-Lite", deep_supervision)
         if len(channels) < 2 or channels[-1] % (1 + len(DILATIONS)):
             raise LightNetsError(
                 f"U-Lite's channels must be at least two, the last a multiple of {1 + len(DILATIONS)} (the branches "

@@ -31,7 +31,6 @@ from nnunetv2_lightnets.networks.layers import (
     checked_strides,
     depthwise_convolution,
     max_pool,
-    refuse_deep_supervision,
     upsample_linear,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
@@ -224,7 +223,7 @@ class AttentionGate(nn.Module):
         self.query_norm = BatchNorm(inner)
         self.key = convolution(channels, inner, kernel_size, padding=kernel_size // 2, groups=groups)
         self.key_norm = BatchNorm(inner)
-        self.weigh = convolution(inner, 1, 1)
+        self.weigh = convolution(inner, 1, 1)  # the paper's psi; checkpoints have this name
         self.weigh_norm = BatchNorm(1)
 
     def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
@@ -244,14 +243,14 @@ class AttentionGate(nn.Module):
 class PreparedAttentionGate(nn.Module):
     """An attention gate whose convolutions of channel pairs are depthwise, which torch has fast kernels for."""
 
-    def __init__(self, query: Convolution, key: Convolution, weigh: Convolution) -> None:
+    def __init__(self, query: Convolution, key: Convolution, psi: Convolution) -> None:
         super().__init__()
         assert query.bias is not None and key.bias is not None
         self.pairs = query.groups > 1
         self.bias = nn.Parameter((query.bias + key.bias).view(1, -1, *[1] * (query.weight.ndim - 2)))
         self.query = _unbiased(query, depthwise=self.pairs)
         self.key = _unbiased(key, depthwise=self.pairs)
-        self.weigh = weigh
+        self.psi = psi
 
     def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
         """``decoded`` and ``skip`` (B, C, *spatial) -> the weighted skip connection, of the same shape."""
@@ -259,7 +258,7 @@ class PreparedAttentionGate(nn.Module):
         found += self.key(skip)
         if self.pairs:
             found = found[:, 0::2] + found[:, 1::2]
-        weight: Tensor = self.weigh(F.relu(found.add_(self.bias), inplace=True))
+        weight: Tensor = self.psi(F.relu(found.add_(self.bias), inplace=True))
         return skip * weight.sigmoid_()
 
 
@@ -306,7 +305,7 @@ class DecoderStage(nn.Module):
 class Decoder(nn.Module):
     """All decoder stages, the spatial attention that they share, and the head.
 
-    ``deep_supervision`` is what nnU-Net's own trainers write; with one output there is nothing for it to switch.
+    There is one output whatever ``deep_supervision`` is set to.
     """
 
     def __init__(
@@ -383,7 +382,6 @@ class UltraLightUNet(nn.Module):
         strides: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        refuse_deep_supervision("UltraLightUNet", deep_supervision)
         if variant not in VARIANTS:
             raise LightNetsError(f"UltraLightUNet has no variant {variant!r}; variants: {', '.join(VARIANTS)}")
         channels = VARIANTS[variant] if channels is None else channels

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, Convolution, upsample_nearest
 from nnunetv2_lightnets.networks.mamba import Mamba
-from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_bound, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
 
 _SLOPE = 0.01  # of the leaky ReLUs
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         deep_supervision: bool,
     ) -> None:
         super().__init__()
-        self.deep_supervision = deep_supervision  # nnU-Net switches it here
+        self.deep_supervision = deep_supervision  # may be switched at any time
         dims, n_stages = len(kernel_sizes[0]), len(features) - 1
         unit = (1,) * dims
         self.strides = tuple(tuple(stride) for stride in reversed(strides[1:]))
@@ -242,6 +242,9 @@ class UMamba(nn.Module, ABC):
         self._check(spatial_dims, features, kernel_sizes, strides, patch_size)
         self.strides = tuple(tuple(stride) for stride in strides)
         self.multiple = total_stride(self.strides)
+        self._head_scales = tuple(
+            tuple(1 / s for s in total_stride(self.strides[: head + 1])) for head in range(n_stages - 1)
+        )
         self.bound_to: tuple[int, ...] | None = None  # the only size that the parameters fit
         self.encoder = Encoder(
             input_channels, features, kernel_sizes, strides, self._mamba_layers(spatial_dims, features, patch_size)
@@ -292,23 +295,13 @@ class UMamba(nn.Module, ABC):
             LightNetsError: if ``x`` is larger than what the parameters are bound to.
         """
         logits: list[Tensor] = self.decoder(self.encoder(self._padded(x)))
-        size = list(x.shape[2:])
-        for i, head in enumerate(logits):
-            # What nnU-Net downsamples a target to: each side rounded, and at least one voxel.
-            scale = total_stride(self.strides[: i + 1])
-            logits[i] = crop_to(head, [max(1, round(side / s)) for side, s in zip(size, scale, strict=True)])
+        logits = crop_heads(logits, x.shape[2:], self._head_scales)
         return logits if self.decoder.deep_supervision else logits[0]
 
     def _padded(self, x: Tensor) -> Tensor:
         if self.bound_to is None:
             return pad_to_multiple(x, self.multiple)
-        if any(side > bound for side, bound in zip(x.shape[2:], self.bound_to, strict=True)):
-            patch, own = (" x ".join(map(str, size)) for size in (x.shape[2:], self.bound_to))
-            raise LightNetsError(
-                f"{self.name} was built for patches of {own} voxels, which some of its weights depend on, and takes "
-                f"none of {patch}; predict patch by patch, as nnU-Net does, or train it with that patch size"
-            )
-        return pad_to_multiple(x, self.bound_to)
+        return pad_to_bound(x, self.bound_to, self.name)
 
     def from_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The authors' state dict under our names; it has most tensors two or three times."""
@@ -327,7 +320,7 @@ def _our_name(key: str, last_stage: int) -> str:
     return key.replace(".conv3.", ".shortcut.")
 
 
-@register_network("umamba_bot", spatial_dims=(2, 3))
+@register_network("umamba_bot", spatial_dims=(2, 3), deep_supervision=True)
 class UMambaBot(UMamba):
     """U-Mamba_Bot: one Mamba layer, after the coarsest stage.
 
@@ -342,7 +335,7 @@ class UMambaBot(UMamba):
         return {len(features) - 1: MambaLayer(features[-1])}
 
 
-@register_network("umamba_enc", spatial_dims=(2, 3))
+@register_network("umamba_enc", spatial_dims=(2, 3), deep_supervision=True)
 class UMambaEnc(UMamba):
     """U-Mamba_Enc: Mamba layers after every stage of the encoder (3D), or every other, the last included (2D).
 

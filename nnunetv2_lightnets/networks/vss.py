@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.padding import crop_to
 from nnunetv2_lightnets.ops import CROSS_SCAN, directional_scan, scan_order
 
 DIRECTIONS = len(CROSS_SCAN)  # along rows, along columns, and both backwards
@@ -247,14 +246,12 @@ def _vmamba_name(name: str) -> str:
     return name
 
 
-def check_2d_pyramid(network: str, spatial_dims: int, dims: Sequence[int], depths: Sequence[int]) -> None:
-    """Refuse what the encoder cannot be built for.
+def check_pyramid(network: str, dims: Sequence[int], depths: Sequence[int]) -> None:
+    """Refuse channels and depths of stages that the encoder cannot be built for.
 
     Raises:
-        LightNetsError: another dimension than 2, not one depth per resolution, or channels that do not double.
+        LightNetsError: not one depth per resolution, or channels that do not double.
     """
-    if spatial_dims != 2:
-        raise LightNetsError(f"{network} exists in 2D only, not in {spatial_dims}D; use the 2d configuration")
     if len(dims) != len(depths) or min(depths) < 1:
         raise LightNetsError(
             f"{network} needs one depth of at least 1 for each resolution of its VSS stages; "
@@ -262,14 +259,3 @@ def check_2d_pyramid(network: str, spatial_dims: int, dims: Sequence[int], depth
         )
     if any(coarse != 2 * fine for fine, coarse in pairwise(dims)):
         raise LightNetsError(f"{network}: the channels of the VSS stages must double each time, got {tuple(dims)}")
-
-
-def crop_heads(heads: Sequence[Tensor], size: Sequence[int], scales: Sequence[float]) -> list[Tensor]:
-    """Crop each head to what nnU-Net downsamples a target of ``size`` to at its scale: ``round(size * scale)``.
-
-    A side that would round to 0 is 1: nnU-Net has no target for it, but the logits stay valid tensors.
-    """
-    return [
-        crop_to(head, [side if scale == 1 else max(1, round(int(side) * scale)) for side in size])
-        for head, scale in zip(heads, scales, strict=False)
-    ]

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import write_atomically
 
 CACHE_VARIABLE = "NNUNET_LIGHTNETS_CACHE"
 # VMamba-Tiny, trained on ImageNet-1K without EMA (Liu et al., VMamba, arXiv:2401.10166v1; MIT licence). The same
@@ -88,12 +89,7 @@ def read_records(folder: Path) -> dict[str, FileRecord]:
 def write_record(folder: Path, name: str, record: FileRecord) -> None:
     """Add the record of the file ``name`` in ``folder``; the file on disk is always whole."""
     records = {key: asdict(value) for key, value in (read_records(folder) | {name: record}).items()}
-    temporary = folder / f"{RECORD_FILE}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(json.dumps(records, indent=2) + "\n", "utf-8")
-        os.replace(temporary, folder / RECORD_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(folder / RECORD_FILE, json.dumps(records, indent=2) + "\n")
 
 
 def check_file(path: Path, name: str | None = None, folder: Path | None = None) -> str:

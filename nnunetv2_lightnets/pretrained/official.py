@@ -21,13 +21,13 @@ def first_few(names: Iterable[str], limit: int = 3) -> str:
 def plain_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's state dict without its packing.
 
-    Takes the ``network_weights`` of an nnU-Net checkpoint, or the mapping itself, and strips the prefixes that
-    ``DistributedDataParallel`` and ``torch.compile`` put before every key, in whatever order they are nested.
+    Takes what a training's checkpoint has under ``network_weights``, or the mapping itself, and strips the prefixes
+    that ``DistributedDataParallel`` and ``torch.compile`` put before every key, in whatever order they are nested.
     """
     state = checkpoint.get("network_weights", checkpoint)
     if not isinstance(state, Mapping) or not state:
         raise LightNetsError(
-            "the checkpoint holds no weights; expected a state dict, or an nnU-Net checkpoint with 'network_weights'"
+            "the checkpoint holds no weights; expected a state dict, or a training's with one under 'network_weights'"
         )
     state = dict(state)
     while prefix := next((p for p in _WRAPPERS if all(str(key).startswith(p) for key in state)), None):
@@ -40,7 +40,7 @@ def load_official(network: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
     Args:
         network: a network of this package; its ``from_official`` maps the authors' names to ours.
-        state_dict: the authors' state dict, or a whole nnU-Net checkpoint around it (``network_weights``).
+        state_dict: the authors' state dict, or a training's checkpoint with it (``network_weights``).
             Tensors are cast to the network's dtype and moved to its device.
 
     Raises:

@@ -246,9 +246,9 @@ def compare_shapes(
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
     """Make a first convolution's weights (out, 3, kh, kw), trained on RGB, take ``channels`` channels.
 
-    One channel takes the sum over red, green and blue: the answer to a grey image is then the one that the network
-    was trained to give to the same image in RGB. Several channels take red, green, blue, red, ... in turn, times
-    3 / channels, so that equal channels keep the size of the answer.
+    One channel takes the sum over red, green and blue: the output for a grey image is then that of the trained
+    weights for the same image in RGB. Several channels take red, green, blue, red, ... in turn, times 3 / channels,
+    so that the output keeps its size if all channels are equal.
 
     Returns:
         (out, channels, kh, kw).

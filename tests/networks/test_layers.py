@@ -1,4 +1,4 @@
-"""The layers that U-Lite and UltraLightUNet share."""
+"""The layers that several networks share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import (
+    AxialDepthwiseConv,
     BatchNorm,
-    DepthwiseLine,
     channels_last_on_cpu,
     checked_strides,
     depthwise_convolution,
@@ -96,11 +96,11 @@ def test_depthwise_convolution_has_torchs_values_and_gradients(shape, size, memo
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(1, 4, 5, 6, 7), (3, 2, 4, 1, 9), (2, 1, 3, 8, 4)])
-def test_depthwise_line_has_torchs_values_and_gradients(shape, axis, dilation, memory_format):
+def test_axial_depthwise_convolution_has_torchs_values_and_gradients(shape, axis, dilation, memory_format):
     kernel, padding = [1, 1, 1], [0, 0, 0]
     kernel[axis], padding[axis] = 7, 3 * dilation
     settings = {"padding": padding, "dilation": dilation, "groups": shape[1]}
-    line = DepthwiseLine(shape[1], shape[1], kernel, **settings).double()
+    line = AxialDepthwiseConv(shape[1], shape[1], kernel, **settings).double()
     torchs = nn.Conv3d(shape[1], shape[1], kernel, **settings).double()
     torchs.load_state_dict(line.state_dict())
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
@@ -112,8 +112,8 @@ def test_depthwise_line_has_torchs_values_and_gradients(shape, axis, dilation, m
         torch.testing.assert_close(line(x), torchs(x))
 
 
-def test_depthwise_line_makes_no_copy_of_a_channels_last_volume():
-    line = DepthwiseLine(3, 3, (1, 7, 1), padding=(0, 3, 0), groups=3)
+def test_axial_depthwise_convolution_makes_no_copy_of_a_channels_last_volume():
+    line = AxialDepthwiseConv(3, 3, (1, 7, 1), padding=(0, 3, 0), groups=3)
     x = torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d)
     with torch.profiler.profile() as profile:
         y = line(x)

@@ -1,14 +1,13 @@
-"""UltraLightUNet: parity with the published code, exact sizes, and whatever patch nnU-Net plans."""
+"""UltraLightUNet: parity with the published code, exact sizes, its lift to 3D."""
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from networks.base import NetworkTests, as_trained
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_lightnets import LightNetsError, create_network
@@ -23,6 +22,22 @@ CHANNELS = {
     "M": (32, 64, 128, 192, 320),
     "L": (64, 128, 256, 384, 512),
 }
+
+
+class TestUltraLightUNet(NetworkTests):
+    name = "ultralight_unet"
+    settings = {"variant": "T"}
+    tiny = {"kernel_sizes": (1, 3)}
+    stride = 32
+    slow = ("compiles 2D", "compiles 3D")
+    cases = [
+        ((37, 51), {"strides": ((2, 2), (2, 2), (1, 2), (1, 1), (1, 1))}),
+        ((40, 33), {"depths": (1, 2, 1, 3, 1), "gag_kernel": 1}),
+        ((32, 32), {"kernel_sizes": (3, 7), "expansion": 3, "gag_kernel": 5}),
+        ((32, 32), {"kernel_sizes": (3,), "channels": (2, 4, 6, 8, 9)}),
+        ((9, 33, 40), {"strides": ((1, 2, 2), (2, 2, 2), (1, 2, 2), (2, 2, 2), (1, 1, 2))}),
+        ((3, 64, 64), {"strides": ((1, 2, 2),) * 5}),
+    ]
 
 
 def published(variant: str) -> UltraLightUNet:
@@ -107,8 +122,7 @@ PARAMETERS_3D = [
 @pytest.mark.parametrize(("inputs", "classes", "counts"), PARAMETERS_2D)
 def test_parameters_2d(inputs, classes, counts):
     for variant, count in counts.items():
-        with torch.device("meta"):
-            network = UltraLightUNet(spatial_dims=2, input_channels=inputs, num_classes=classes, variant=variant)
+        network = UltraLightUNet(spatial_dims=2, input_channels=inputs, num_classes=classes, variant=variant)
         dead = classes * (sum(CHANNELS[variant][:3]) + 3)
         assert sum(p.numel() for p in network.parameters()) == count - dead
 
@@ -116,16 +130,14 @@ def test_parameters_2d(inputs, classes, counts):
 @pytest.mark.parametrize(("inputs", "classes", "counts"), PARAMETERS_3D)
 def test_parameters_3d(inputs, classes, counts):
     for variant, count in counts.items():
-        with torch.device("meta"):
-            network = UltraLightUNet(spatial_dims=3, input_channels=inputs, num_classes=classes, variant=variant)
+        network = UltraLightUNet(spatial_dims=3, input_channels=inputs, num_classes=classes, variant=variant)
         assert sum(p.numel() for p in network.parameters()) == count
 
 
 def multiply_accumulates(variant: str, shape: tuple[int, ...]) -> int:
     """Those that torch counts, and those of the one-voxel kernels, which are multiplications here."""
-    with torch.device("meta"):
-        network = UltraLightUNet(spatial_dims=len(shape) - 2, input_channels=shape[1], num_classes=1, variant=variant)
-        x = torch.empty(shape)
+    network = UltraLightUNet(spatial_dims=len(shape) - 2, input_channels=shape[1], num_classes=1, variant=variant)
+    network, x = network.to("meta"), torch.empty(shape, device="meta")
     products = []
     for module in network.modules():
         if isinstance(module, DepthwiseBranch) and module.convolution.weight[0].numel() == 1:
@@ -169,11 +181,7 @@ def test_a_kernel_of_one_voxel_is_a_convolution_of_each_channel():
 def test_the_3d_network_is_the_2d_one_on_each_slice_where_it_does_not_look_across_them():
     flat = tiny(2, num_classes=3).eval()
     deep = tiny(3, num_classes=3, strides=((1, 2, 2),) * 5).eval()
-    for key, tensor in flat.state_dict().items():
-        if key.endswith(("norm.weight", "running_var")):
-            tensor.uniform_(0.5, 2.0)
-        elif tensor.is_floating_point():
-            tensor.normal_(std=tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.5)
+    as_trained(flat)
     state = deep.state_dict()
     for key, tensor in state.items():
         if tensor.ndim == 5:
@@ -190,32 +198,6 @@ def test_the_3d_network_is_the_2d_one_on_each_slice_where_it_does_not_look_acros
         torch.testing.assert_close(found[:, :, z], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("shape", "settings"),
-    [
-        ((1, 1, 8, 8), {}),  # one voxel in the bottleneck
-        ((1, 3, 33, 47), {}),
-        ((2, 5, 40, 64), {"strides": ((2, 2), (2, 2), (2, 1), (1, 1), (1, 1))}),
-        ((1, 1, 32, 32), {"depths": (1, 2, 1, 3, 1), "kernel_sizes": (3, 7), "expansion": 3, "gag_kernel": 1}),
-        ((1, 1, 32, 32), {"channels": (2, 4, 6, 8, 9)}),
-        ((1, 1, 8, 8, 8), {}),
-        ((1, 2, 3, 64, 64), {"strides": ((1, 2, 2),) * 5}),
-        ((1, 1, 20, 32, 28), {"strides": ((1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 1))}),
-    ],
-)
-def test_any_patch_trains_and_predicts(shape, settings):
-    network = tiny(len(shape) - 2, input_channels=shape[1], num_classes=3, **settings)
-    x = torch.randn(shape)
-    y = network.train()(x)
-    assert y.shape == (shape[0], 3, *shape[2:])
-    y.square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    with torch.inference_mode():
-        y = network.eval()(x)
-        assert y.shape == (shape[0], 3, *shape[2:]) and y.isfinite().all()
-        y.add_(1.0)  # nnU-Net changes outputs in place
-
-
 @torch.no_grad()
 def test_strides_set_the_size_of_every_level():
     network = tiny(3, strides=((1, 2, 2), (2, 2, 2), (2, 1, 2), (1, 1, 2), (1, 2, 1))).eval()
@@ -224,15 +206,6 @@ def test_strides_set_the_size_of_every_level():
         stage.register_forward_hook(lambda _, x, __: found.append(tuple(x[0].shape[2:])))
     assert network(torch.randn(1, 1, 8, 16, 32)).shape[2:] == (8, 16, 32)
     assert found == [(8, 16, 32), (8, 8, 16), (4, 4, 8), (2, 4, 4), (2, 4, 2)]
-
-
-@torch.no_grad()
-def test_padding_is_at_the_end_with_zeros():
-    network = tiny().eval()
-    x = torch.randn(1, 1, 30, 33)
-    padded = torch.zeros(1, 1, 32, 64)
-    padded[..., :30, :33] = x
-    torch.testing.assert_close(network(x), network(padded)[..., :30, :33], rtol=0, atol=0)
 
 
 def test_one_channel_is_not_repeated():
@@ -255,16 +228,6 @@ def test_initial_weights_are_drawn_as_published():
     assert head.weight.abs().max() <= 1 / math.sqrt(64) and head.weight.std() > 0.05 and head.bias.any()
 
 
-def test_it_has_one_output():
-    with pytest.raises(LightNetsError, match="UltraLightUNet has one output"):
-        create_network("ultralight_unet", spatial_dims=2, input_channels=1, num_classes=2, deep_supervision=True)
-    network = tiny().eval()
-    x = torch.randn(1, 1, 32, 32)
-    before = network(x)
-    network.decoder.deep_supervision = True  # as nnU-Net's trainers do after every validation
-    assert torch.equal(network(x), before)
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -277,51 +240,8 @@ def test_it_has_one_output():
         ({"gag_kernel": 2}, "gag_kernel=2"),
         ({"expansion": 0}, "expansion must be at least 1"),
         ({"strides": ((2, 2),) * 4}, "takes 5 strides"),
-        ({"width": 3}, "ultralight_unet does not take this setting"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(setting, message):
     with pytest.raises(LightNetsError, match=message):
         create_network("ultralight_unet", spatial_dims=2, input_channels=1, num_classes=2, **setting)
-
-
-def test_class_heads_bear_the_name_that_nnunet_skips():
-    two, five = (tiny(num_classes=n).state_dict() for n in (2, 5))
-    differing = {key for key in two if two[key].shape != five[key].shape}
-    assert differing == {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
-
-
-SHAPES = pytest.mark.parametrize("shape", [(2, 1, 30, 36), (2, 1, 12, 16, 14)])
-
-
-@SHAPES
-def test_export(shape):
-    network, x = tiny(len(shape) - 2).eval(), torch.randn(shape)
-    torch.testing.assert_close(torch.export.export(network, (x,)).module()(x), network(x))
-
-
-@pytest.mark.slow
-@SHAPES
-def test_compile(shape):
-    strides = ((2,) * (len(shape) - 2),) * 2 + ((1,) * (len(shape) - 2),) * 3
-    network = tiny(len(shape) - 2, strides=strides)
-    x = torch.randn(shape)
-    torch._dynamo.reset()  # else sizes seen in other tests become symbols
-    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager", fullgraph=True)
-    output, compiled_output = network(x), compiled(x)
-    torch.testing.assert_close(compiled_output, output, rtol=1e-3, atol=1e-4)
-    output.square().mean().backward()
-    compiled_output.square().mean().backward()
-    for expected, found in zip(network.parameters(), compiled.parameters(), strict=True):
-        scale = max(expected.grad.abs().max().item(), 1e-6)
-        torch.testing.assert_close(found.grad, expected.grad, rtol=0.05, atol=0.05 * scale + 1e-5)
-
-
-def test_copies_precisions_and_autocast():
-    network, x = tiny().eval(), torch.randn(1, 1, 32, 32)
-    y = network(x)
-    assert torch.equal(copy.deepcopy(network)(x), y)
-    assert torch.equal(pickle.loads(pickle.dumps(network))(x), y)
-    torch.testing.assert_close(copy.deepcopy(network).double()(x.double()).float(), y)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(network(x).float(), y, rtol=0.05, atol=0.05)

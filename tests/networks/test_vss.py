@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from torch import nn
 
 from nnunetv2_lightnets.errors import LightNetsError
@@ -22,8 +21,7 @@ from nnunetv2_lightnets.networks.vss import (
     PatchMerging,
     VSSBlock,
     VSSMEncoder,
-    check_2d_pyramid,
-    crop_heads,
+    check_pyramid,
 )
 
 REFERENCE = Path(os.environ.get("LIGHTNETS_REFERENCE", Path(__file__).resolve().parents[3] / "shared" / "reference"))
@@ -168,33 +166,14 @@ def test_only_the_patch_embedding_is_never_frozen() -> None:
     assert all(name.startswith("patch_embed.") for name in set(parameters) - frozen)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (9, 100), (41, 20)])
-@pytest.mark.parametrize("scales", [(1, 1 / 2, 1 / 4, 1 / 8), (1, 1 / 4, 1 / 8, 1 / 16)])
-def test_heads_are_cropped_to_nnunets_targets(size: tuple[int, int], scales: tuple[float, ...]) -> None:
-    padded = [-side % 32 + side for side in size]
-    heads = [torch.arange(1.0 * int(padded[0] * s) * int(padded[1] * s)) for s in scales]
-    heads = [head.view(1, 1, int(padded[0] * s), -1) for head, s in zip(heads, scales, strict=True)]
-    targets = DownsampleSegForDSTransform([[s, s] for s in scales])(segmentation=torch.zeros(1, *size))
-    cropped = crop_heads(heads, size, scales)
-    for head, kept, target in zip(heads, cropped, targets["segmentation"], strict=True):
-        assert kept.shape[2:] == target.shape[1:]
-        assert (kept == head[:, :, : kept.shape[2], : kept.shape[3]]).all()
-
-
-def test_no_head_is_cropped_away() -> None:
-    heads = crop_heads([torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 2, 2)], (8, 12), (1, 1 / 16))
-    assert [tuple(head.shape[2:]) for head in heads] == [(8, 12), (1, 1)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, (8, 16), (1, 1)), "2D only, not in 3D"),
-        ((2, (8, 16), (1,)), r"channels \(8, 16\) and depths \(1,\)"),
-        ((2, (8, 16), (1, 0)), "at least 1"),
-        ((2, (8, 24), (1, 1)), r"must double each time, got \(8, 24\)"),
+        (((8, 16), (1,)), r"channels \(8, 16\) and depths \(1,\)"),
+        (((8, 16), (1, 0)), "at least 1"),
+        (((8, 24), (1, 1)), r"must double each time, got \(8, 24\)"),
     ],
 )
 def test_an_encoder_that_cannot_be_built_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(LightNetsError, match=message):
-        check_2d_pyramid("swin_umamba", *arguments)
+        check_pyramid("swin_umamba", *arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -63,12 +62,10 @@ class Site:
     url: str = ""
     content: dict[str, bytes] = field(default_factory=dict)  # path -> file
     redirects: dict[str, str] = field(default_factory=dict)  # path -> path
-    etag: str = '"v1"'
-    ranges: bool = True  # whether parts can be asked for
     cut_after: list[int] = field(default_factory=list)  # bytes after which each next answer breaks off
     statuses: list[int] = field(default_factory=list)  # errors to answer with, one after the other, before the file
     pause: float = 0.0  # seconds between blocks of 16 kB
-    requests: list[tuple[str, str]] = field(default_factory=list)  # (path, Range header)
+    requests: list[str] = field(default_factory=list)  # paths
     sent: int = 0  # bytes of files
 
 
@@ -86,29 +83,19 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def do_GET(self) -> None:
-            asked = self.headers.get("Range", "")
-            site.requests.append((self.path, asked))
+            site.requests.append(self.path)
             if self.path in site.redirects:
                 return self.empty(302, Location=site.redirects[self.path])
             if self.path not in site.content:
                 return self.empty(404)
             if site.statuses:
                 return self.empty(site.statuses.pop(0))
-            content, start = site.content[self.path], 0
-            if site.ranges and asked and self.headers.get("If-Range", site.etag) == site.etag:
-                start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])  # type: ignore[index]
-                if start >= len(content):
-                    return self.empty(416, Content_Range=f"bytes */{len(content)}")
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            else:
-                self.send_response(200)
-            self.send_header("Content-Length", str(len(content) - start))
-            if site.etag:
-                self.send_header("ETag", site.etag)
+            content = site.content[self.path]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            end = start + site.cut_after.pop(0) if site.cut_after else len(content)
-            for position in range(start, min(end, len(content)), 1 << 14):
+            end = site.cut_after.pop(0) if site.cut_after else len(content)
+            for position in range(0, min(end, len(content)), 1 << 14):
                 block = content[position : min(end, position + (1 << 14))]
                 try:
                     self.wfile.write(block)

@@ -168,10 +168,10 @@ def test_stays_trainable_in_the_networks_dtype(save_checkpoint: SaveCheckpoint) 
 # --- other input channels -------------------------------------------------------------------------------------------
 
 
-def test_grey_image_gets_the_answer_of_the_same_image_in_rgb() -> None:
+def test_grey_image_gives_the_output_of_the_same_image_in_rgb() -> None:
     weight, grey = torch.randn(5, 3, 4, 4, dtype=torch.float64), torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    answer = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), weight, stride=4)
-    torch.testing.assert_close(nn.functional.conv2d(grey, adapt_input_channels(weight, 1), stride=4), answer)
+    output = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), weight, stride=4)
+    torch.testing.assert_close(nn.functional.conv2d(grey, adapt_input_channels(weight, 1), stride=4), output)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4, 6, 7])
@@ -181,7 +181,7 @@ def test_channels_take_red_green_blue_in_turn(channels: int) -> None:
     assert adapted.shape == (5, channels, 2, 2)
     for channel in range(channels):
         torch.testing.assert_close(adapted[:, channel], weight[:, channel % 3] * 3 / channels)
-    if channels % 3 == 0:  # equal channels then get exactly the grey answer
+    if channels % 3 == 0:  # equal channels then get exactly the grey output
         torch.testing.assert_close(adapted.sum(1), weight.sum(1))
 
 
