@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_commands import DATASET, NNUNet
+from nnunetv2_lightnets import files
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.nnunet import trainer as training
-from nnunetv2_lightnets.nnunet.trainer import MAX_SKIPPED_STEPS, LightNetsTrainer, strides_from_plan
+from nnunetv2_lightnets.nnunet.trainer import MAX_SKIPPED_STEPS, strides_from_plan
 from nnunetv2_lightnets.trainers import find_trainer
 
 TRAINER = "nnUNetTrainerLightMUNetT_3epochs_2iters"
@@ -114,7 +115,7 @@ def test_the_checkpoint_holds_all_that_nnunet_saves(make_trainer: Callable[..., 
     trainer.initialize()
     trainer.save_checkpoint(str(tmp_path / "ours.pth"))
     theirs = io.BytesIO()
-    super(LightNetsTrainer, trainer).save_checkpoint(theirs)  # type: ignore[arg-type]
+    nnUNetTrainer.save_checkpoint(trainer, theirs)  # type: ignore[arg-type]
     theirs.seek(0)
     ours = torch.load(tmp_path / "ours.pth", weights_only=False)
     expected = torch.load(theirs, weights_only=False)
@@ -139,7 +140,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data)
 
-    monkeypatch.setattr(training, "open", FullDisk, raising=False)
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
     with pytest.raises(LightNetsError, match="No space left on device"):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
@@ -238,7 +239,7 @@ def test_one_step_equals_nnunets_step(make_trainer: Callable[..., Any], scaled: 
             trainer.grad_scaler = Scaler()
     batch = random_batch(ours)
     first = ours.train_step(dict(batch))
-    second = super(LightNetsTrainer, theirs).train_step(dict(batch))
+    second = nnUNetTrainer.train_step(theirs, dict(batch))
     assert first["loss"] == second["loss"]
     for a, b in zip(ours.network.parameters(), theirs.network.parameters(), strict=True):
         assert torch.equal(a, b)
