@@ -24,6 +24,7 @@ from nnunetv2_lightnets.networks import create_network, list_networks, network_e
 from nnunetv2_lightnets.nnunet.checkpoints import CheckpointTrainer
 from nnunetv2_lightnets.nnunet.freezing import backward
 from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
+from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
@@ -204,6 +205,10 @@ class LightNetsTrainer(CheckpointTrainer):
             f"nnunetv2_lightnets {__version__}: {self.network_name} {dict(self.network_kwargs) or ''}, "
             f"{parameters:,} parameters, torch {torch.__version__}"
         )
+        if self.local_rank == 0:
+            for notice in (scan_notice(self.bare_network, self.device), memory_notice(self)):
+                if notice is not None:
+                    self.print_to_log_file(notice)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One training iteration: nnU-Net's own, but that frozen parameters get no gradient.
