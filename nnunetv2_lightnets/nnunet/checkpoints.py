@@ -115,8 +115,9 @@ class CheckpointTrainer(nnUNetTrainer):
         difference = first_difference(checkpoint["network_weights"], self.bare_network.state_dict())
         if difference is None:
             return None
-        theirs = _title(str(checkpoint.get("trainer_name")), checkpoint["init_args"])
-        ours = _title(type(self).__name__, self.my_init_kwargs)
+        made = checkpoint["init_args"]
+        theirs = _title(checkpoint.get("trainer_name"), made["plans"], made["configuration"], made["dataset_json"])
+        ours = _title(type(self).__name__, self.plans_manager.plans, self.configuration_name, self.dataset_json)
         return (
             f"{what} is of another network, {theirs}; this training is {ours}: {difference}. Go on with the trainer, "
             f"plans, configuration and labels that it was made with"
@@ -130,12 +131,8 @@ class CheckpointTrainer(nnUNetTrainer):
         super().on_epoch_start()
 
 
-def _title(trainer_name: str, init_args: Mapping[str, Any]) -> str:
-    plans, dataset = init_args.get("plans", {}), init_args.get("dataset_json", {})
-    return (
-        f"{trainer_name} ({plans.get('plans_name')}, {init_args.get('configuration')}, "
-        f"{len(dataset.get('labels', {}))} labels)"
-    )
+def _title(trainer: str | None, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> str:
+    return f"{trainer} ({plans['plans_name']}, {configuration}, {len(dataset_json['labels'])} labels)"
 
 
 def first_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str | None:
