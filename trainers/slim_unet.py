@@ -27,6 +27,7 @@ from torch import nn
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import read_json
 from nnunetv2_lightnets.networks.counting import count_macs
+from nnunetv2_lightnets.nnunet.checkpoints import bare
 from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 _FEATURES = "features_per_stage"  # nnU-Net's own key
@@ -153,9 +154,8 @@ class nnUNetTrainerSlimUNet(nnUNetTrainer):
         self._record(self._features())
 
     def _features(self) -> list[int]:
-        network: Any = self.network
-        network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-        return list(getattr(network, "_orig_mod", network).encoder.output_channels)
+        encoder: Any = bare(self.network).encoder
+        return list(encoder.output_channels)
 
     def _record(self, features: Sequence[int] | None) -> None:
         """Write into the plans, those of the checkpoints included, what features each stage has."""

@@ -17,6 +17,13 @@ from nnunetv2_lightnets.files import atomic_file, is_damaged, last_line
 _RNG = "lightnets_rng"
 
 
+def bare(network: nn.Module) -> nn.Module:
+    """A network without the wrappers of DDP and torch.compile."""
+    inside = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    found: nn.Module = getattr(inside, "_orig_mod", inside)
+    return found
+
+
 class CheckpointTrainer(nnUNetTrainer):
     """nnU-Net's trainer, with checkpoints that survive an interruption, and from which training goes on exactly."""
 
@@ -25,11 +32,7 @@ class CheckpointTrainer(nnUNetTrainer):
     @property
     def bare_network(self) -> nn.Module:
         """The network itself, without the wrappers of DDP and torch.compile."""
-        network: Any = self.network
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            network = network.module
-        bare: nn.Module = getattr(network, "_orig_mod", network)
-        return bare
+        return bare(self.network)
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint so that an interruption, at any moment, leaves the previous one whole.
