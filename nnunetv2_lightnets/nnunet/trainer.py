@@ -235,7 +235,7 @@ class LightNetsTrainer(CheckpointTrainer):
         if scaler is None:
             self._check_finite(loss, norm)  # before the step, which would spoil the weights
             self.optimizer.step()
-        else:  # it steps only where the gradients are finite, so that nobody has to wait for the GPU here
+        else:  # it steps only where the gradients are finite, so the check can wait until all work is queued
             scaler.step(self.optimizer)
             scaler.update()
             self._check_finite(loss, norm)

@@ -277,7 +277,7 @@ def test_gradients_that_are_not_finite_stop_the_training_and_leave_the_weights(
     make_trainer: Callable[..., Any], scaled: bool, steps: int
 ) -> None:
     """The loss is finite all the time; a gradient scaler would halve its scale for ever and skip each step."""
-    trainer = make_trainer()
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
     trainer.initialize()
     trainer.grad_scaler = torch.amp.GradScaler("cpu") if scaled else None
     loss = trainer.loss
@@ -292,7 +292,7 @@ def test_gradients_that_are_not_finite_stop_the_training_and_leave_the_weights(
 
 
 def test_single_overflows_under_a_gradient_scaler_are_skipped(make_trainer: Callable[..., Any]) -> None:
-    trainer = make_trainer()
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
     trainer.initialize()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     loss, batch = trainer.loss, random_batch(trainer)
@@ -307,7 +307,7 @@ def test_single_overflows_under_a_gradient_scaler_are_skipped(make_trainer: Call
 
 @pytest.mark.parametrize("resumable", [False, True])
 def test_going_on_is_offered_where_there_is_a_checkpoint(make_trainer: Callable[..., Any], resumable: bool) -> None:
-    trainer = make_trainer()
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
     trainer.initialize()
     if resumable:
         trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_best.pth")
@@ -323,7 +323,7 @@ def test_nobody_waits_for_the_loss_before_all_is_queued(
     make_trainer: Callable[..., Any], scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU works on while Python queues; whatever looks at a value makes Python wait."""
-    trainer = make_trainer()
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
     trainer.initialize()
     trainer.grad_scaler = Scaler() if scaled else None
     order: list[str] = []
