@@ -25,9 +25,9 @@ from recording import MOST_ROWS, RESULTS, Record, Tables, argument_parser, link,
 from nnunetv2_lightnets.costs.memory import Memory
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.memory import training_memory
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
-from nnunetv2_lightnets.plans.memory import training_memory
 
 MEASURED = RESULTS / "training_memory.csv"
 PAGE = "docs/planning.md"

@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. Nothing is lost: run the same command again to go on.", file=sys.stderr)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"Error: {place}{error.strerror or error}", file=sys.stderr)
+        if error.filename is None:  # nothing that the user could look at
+            raise
+        print(f"Error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 2
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import last_line, read_json, write_atomically
+from nnunetv2_lightnets.nnunet.folders import FOLDERS, PREPROCESSED, RAW, RESULTS
 
 DATASET_ID = 990
 DATASET = f"Dataset{DATASET_ID}_MNI152Demo"
@@ -35,7 +37,6 @@ BLOCK = (32, 40, 48)
 FIRST = (98, 36, 4)
 BLOCKS = (2, 4, 3)
 HELD_OUT_SLAB = 2  # of the four along the second axis (back to front)
-_PATHS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
 # Into a file or a pipe, too, a step is announced when it begins.
@@ -73,11 +74,11 @@ class Demo:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LightNetsError(f"-o {folder}: {error.strerror}; choose a folder that can be written") from error
-        strangers = [p.name for p in folder.iterdir() if p.name not in (*_PATHS, "logs", "predictions", "demo.png")]
+        strangers = [p.name for p in folder.iterdir() if p.name not in (*FOLDERS, "logs", "predictions", "demo.png")]
         if strangers:
             raise LightNetsError(f"-o {folder} holds other files ({strangers[0]}, ...); choose an empty folder")
         (folder / "logs").mkdir(exist_ok=True)
-        self.paths = {name: folder / name for name in _PATHS}
+        self.paths = {name: folder / name for name in FOLDERS}
         for path in self.paths.values():
             path.mkdir(exist_ok=True)
         self.environment = {**os.environ, **{name: str(path) for name, path in self.paths.items()}}
@@ -95,12 +96,12 @@ class Demo:
     @property
     def raw(self) -> Path:
         """The demo's data set in nnU-Net's raw format."""
-        return self.paths["nnUNet_raw"] / DATASET
+        return self.paths[RAW] / DATASET
 
     @property
     def model(self) -> Path:
         """Where nnU-Net puts the trained model."""
-        return self.paths["nnUNet_results"] / DATASET / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
+        return self.paths[RESULTS] / DATASET / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
 
     def run(self) -> None:
         """All steps in order; a step whose result exists is not repeated."""
@@ -111,7 +112,7 @@ class Demo:
                 "cores, with a high learning rate and without data augmentation: for this demo, not for your data."
             )
         say()
-        for name in _PATHS:
+        for name in FOLDERS:
             say(f"$ export {name}={shlex.quote(str(self.paths[name]))}")
 
         if not (self.raw / "dataset.json").exists():
@@ -121,7 +122,7 @@ class Demo:
             self.seconds["data set"] = time.perf_counter() - started
             say(f"  {n_train} blocks to train on, {n_test} held out: a coronal slab of the same hemisphere")
 
-        preprocessed = self.paths["nnUNet_preprocessed"] / DATASET
+        preprocessed = self.paths[PREPROCESSED] / DATASET
         self.command(
             "plan and preprocess",
             ["nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-c", CONFIGURATION, "-np", "2"],
@@ -178,7 +179,7 @@ class Demo:
                 _end(process)
                 raise
         if process.returncode != 0:
-            last = next((line for line in reversed(lines) if line.strip()), "")
+            last = last_line("\n".join(lines))
             raise LightNetsError(f"{command[0]} ended with exit code {process.returncode}: {last} (all of it: {log})")
         if done.name == ".demo_done":  # nnU-Net writes many files here and none of them last
             done.touch()
@@ -187,7 +188,7 @@ class Demo:
 
     def report(self, predictions: Path) -> None:
         """Dice per class, times, a picture, and the next command."""
-        summary = json.loads((predictions / "summary.json").read_text())
+        summary = read_json(predictions / "summary.json", "delete it and run the demo again")
         dice = {name: summary["mean"][str(value)]["Dice"] for name, value in LABELS.items() if value}
         say("\nDice on the held-out blocks (nnU-Net's own evaluation)")
         for name, value in dice.items():
@@ -235,9 +236,7 @@ def make_dataset(folder: Path) -> tuple[int, int]:
         import nibabel
         from nilearn import datasets
     except ImportError as error:
-        raise LightNetsError(
-            f"the demo's images come from nilearn ({error}): pip install 'nnunetv2-lightnets[demo]'"
-        ) from error
+        raise LightNetsError(f"the demo's images come from nilearn ({error}): pip install 'nilearn>=0.10'") from error
     import numpy as np
 
     template = datasets.load_mni152_template(resolution=1)
@@ -271,7 +270,7 @@ def make_dataset(folder: Path) -> tuple[int, int]:
         "description": "Blocks of the MNI152 (2009) T1 template, one hemisphere; labels from its tissue maps",
     }
     # Written last: its presence says that the data set is complete.
-    (folder / "dataset.json").write_text(json.dumps(description, indent=2))
+    write_atomically(folder / "dataset.json", json.dumps(description, indent=2))
     return counts["Tr"], counts["Ts"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -13,27 +14,43 @@ from dataclasses import dataclass
 
 from nnunetv2_lightnets import __version__
 from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.files import last_line
+from nnunetv2_lightnets.nnunet.folders import FOLDERS
 
 TRAINER = "nnUNetTrainerLightMUNetT_1epochs"
-# Runs in a process of its own: it must see what nnUNetv2_train would see, and may die.
 _NNUNET = "2.8"  # the minor release whose trainer contract we follow
+# These run in processes of their own: they must see what nnUNetv2_train would see, and may die.
 _SEARCH = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 print("FOUND", find({TRAINER!r}).__name__)
+"""
+_CONTRACT = """
+import json
+from nnunetv2_lightnets.nnunet.contract import faults
+print("CONTRACT", json.dumps(faults()))
 """
 
 
 @dataclass
 class Finding:
-    """One line of the report; ``remedy`` is what to do if it is not all right, ``fatal`` if the main job is stopped."""
+    """One line of the report.
+
+    Attributes:
+        what: what was looked at.
+        value: what was found.
+        remedy: what to do if it is not all right.
+        fatal: it stops the main job.
+        absent: it is not there, and need not be.
+    """
 
     what: str
     value: str
     remedy: str | None = None
     fatal: bool = False
+    absent: bool = False
 
     def __str__(self) -> str:
-        mark = "ok" if self.remedy is None else ("FAIL" if self.fatal else "note")
+        mark = "FAIL" if self.fatal else "note" if self.remedy is not None else "--" if self.absent else "ok"
         line = f"[{mark:^4}] {self.what:<28}{self.value}"
         return line if self.remedy is None else f"{line}\n{'':7}-> {self.remedy}"
 
@@ -52,7 +69,9 @@ def run(_args: argparse.Namespace) -> int:
     if any(finding.fatal for finding in findings):
         print("\nTraining does not work here; see FAIL above.")
         return 1
-    print("\nReady: nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerLightMUNet")
+    unset = [finding.what for finding in findings if finding.what in FOLDERS and finding.remedy is not None]
+    ready = f"Ready once {', '.join(unset)} {'is' if len(unset) == 1 else 'are'} set to folders" if unset else "Ready"
+    print(f"\n{ready}: nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerLightMUNet")
     return 0
 
 
@@ -65,11 +84,25 @@ def versions() -> list[Finding]:
             continue
         version = importlib.metadata.version(package)
         if package == "nnunetv2" and not version.startswith(f"{_NNUNET}."):
-            remedy = f"pip install 'nnunetv2~={_NNUNET}.0'; other releases build and train networks in another way"
-            found.append(Finding(package, f"{version}, not {_NNUNET}", remedy, fatal=True))
+            remedy = f"pip install 'nnunetv2~={_NNUNET}.0'"
+            found.append(
+                Finding(package, f"{version}, not {_NNUNET}: {_what_another_release_lacks()}", remedy, fatal=True)
+            )
         else:
             found.append(Finding(package, version))
     return found
+
+
+def _what_another_release_lacks() -> str:
+    process = _python(_CONTRACT)
+    said = [line for line in process.stdout.splitlines() if line.startswith("CONTRACT ")]
+    if not said:
+        return f"it cannot be used: {last_line(process.stderr)}"
+    faults = json.loads(said[-1].removeprefix("CONTRACT "))
+    if not faults:
+        return "all that is used of it is there, but nobody has tested this release with our trainers"
+    more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return f"our trainers would not work: {', '.join(faults[:3])}{more}"
 
 
 def start_up() -> list[Finding]:
@@ -80,7 +113,8 @@ def start_up() -> list[Finding]:
     if os.environ.get(DISABLE):
         return [Finding("start-up file", f"switched off by {DISABLE}", f"unset {DISABLE}", fatal=True)]
     remedy = (
-        f"reinstall with pip install --force-reinstall --no-deps nnunetv2-lightnets, or export {VARIABLE}={SHIM_FOLDER}"
+        f"install it again by pip, from where you have it (--force-reinstall --no-deps), or export "
+        f"{VARIABLE}={SHIM_FOLDER}"
     )
     return [Finding("start-up file", "did not run (python -S, or not installed by pip)", remedy, fatal=True)]
 
@@ -93,7 +127,7 @@ def folders() -> list[Finding]:
         for folder in os.environ.get(VARIABLE, "").split(os.pathsep)
         if folder.strip() and folder != SHIM_FOLDER and not os.path.isdir(folder)
     ]
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+    for name in FOLDERS:
         value = os.environ.get(name)
         if value is None:
             found.append(Finding(name, "not set", f"export {name}=/some/folder before training (the demo needs none)"))
@@ -119,7 +153,7 @@ def torchvision_pair() -> list[Finding]:
     if process.returncode == 0:
         return [Finding("torch and torchvision", pair)]
     remedy = "install a pair of one release and one build (CPU or CUDA): pip install --upgrade torch torchvision"
-    return [Finding("torch and torchvision", f"{pair} do not fit: {_last_line(process.stderr)}", remedy, fatal=True)]
+    return [Finding("torch and torchvision", f"{pair} do not fit: {last_line(process.stderr)}", remedy, fatal=True)]
 
 
 def trainer_search() -> list[Finding]:
@@ -130,7 +164,7 @@ def trainer_search() -> list[Finding]:
     inspected = [line.split(":")[-1].strip() for line in process.stdout.splitlines() if "Inspecting module" in line]
     culprit = f" (after inspecting {inspected[-1]})" if inspected and inspected[-1] != "lightnets_trainers" else ""
     remedy = "if nothing above says FAIL, repair or remove the package that the message names, and look again"
-    return [Finding("nnU-Net finds our trainers", f"no{culprit}: {_last_line(process.stderr)}", remedy, fatal=True)]
+    return [Finding("nnU-Net finds our trainers", f"no{culprit}: {last_line(process.stderr)}", remedy, fatal=True)]
 
 
 def device() -> list[Finding]:
@@ -146,24 +180,27 @@ def device() -> list[Finding]:
 
 
 def scan_backends() -> list[Finding]:
-    """Each backend of the selective scan, or why it cannot run."""
+    """Each backend of the selective scan, or why it cannot run, and whether a fast one computes on this device."""
     import torch
 
+    from nnunetv2_lightnets.nnunet.notices import scan_backend
     from nnunetv2_lightnets.ops import available_backends
 
-    found = []
-    backends = available_backends()
-    for name, reason in backends.items():
-        found.append(Finding(f"scan backend {name}", "runs here" if reason is None else f"not here: {reason}"))
-    if not torch.cuda.is_available() and backends.get("native"):
-        remedy = "install a wheel, or a C compiler and reinstall; the torch backend used instead is many times slower"
-        found.append(Finding("scan on this CPU", "without the native kernel", remedy))
+    found = [
+        Finding(f"scan backend {name}", "runs here" if reason is None else f"not here: {reason}", absent=bool(reason))
+        for name, reason in available_backends().items()
+    ]
+    on_gpu = torch.cuda.is_available()
+    name, slow = scan_backend("cuda" if on_gpu else "cpu")
+    if slow is not None:
+        value = f"backend {name}, many times slower than the one meant for it ({slow})"
+        if on_gpu:
+            remedy = "Triton comes with torch for CUDA on Linux, and needs a C compiler (gcc): install both"
+        else:
+            remedy = "install a wheel, or a C compiler, and then this package again"
+        found.append(Finding(f"scan on this {'GPU' if on_gpu else 'CPU'}", value, remedy, fatal=on_gpu))
     return found
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=os.sep)
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,3 +62,14 @@ def last_line(text: object) -> str:
     if lines:
         return lines[-1]
     return type(text).__name__ if isinstance(text, Exception) else "no message"
+
+
+def is_damaged(error: BaseException) -> bool:
+    """Whether an error of ``torch.load`` says that the file is truncated, damaged, or no checkpoint at all.
+
+    Other errors, such as too little memory, say nothing about the file.
+    """
+    text = str(error)
+    return isinstance(error, EOFError | pickle.UnpicklingError) or (
+        isinstance(error, RuntimeError) and ("PytorchStreamReader" in text or "corrupt" in text)
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import read_json, write_atomically
 from nnunetv2_lightnets.nnunet.folders import dataset_folder
-from nnunetv2_lightnets.nnunet.plans import PLANS, Setting
+from nnunetv2_lightnets.nnunet.plans import PLANS, Setting, patch_setting
 from nnunetv2_lightnets.plans.planner import GIGABYTE, MEMORY, Planned, Planner, plans_name, with_kept_configurations
 from nnunetv2_lightnets.plans.reference import ReferenceSetting, reference_names, reference_setting
 
@@ -66,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
     trainer = args.tr or trainer_class.__name__
     if reference is not None and reference.epochs and args.tr is None:
         trainer += f"_{reference.epochs}epochs"
+    # nnU-Net's plans name 2d first. Volumes are best trained as volumes.
+    first = planned[0] if args.c else max(planned, key=lambda p: (len(p.patch), p.configuration == "3d_fullres"))
     print("Train with:")
-    print(f"  {shlex.join(['nnUNetv2_train', args.d, planned[0].configuration, '0', '-tr', trainer, '-p', name])}")
+    print(f"  {shlex.join(['nnUNetv2_train', args.d, first.configuration, '0', '-tr', trainer, '-p', name])}")
     return 0
 
 
@@ -93,8 +95,23 @@ def _trainer(name: str | None) -> type[Any]:
     kwargs = getattr(found, "network_kwargs", None)
     # Networks without strides of their own, taken from the plan or fixed, are built from nnU-Net's architecture block.
     if kwargs is None or (found.n_downsamplings is None and not _has_fixed_stride(found)):
-        raise LightNetsError(f"{name} takes its stages from nnU-Net's own plans, which fit it as they are: -p {PLANS}")
+        reason = (
+            "takes its stages from nnU-Net's own plans, which fit it as they are"
+            if _takes_stages_from_plans(found)
+            else "pads any patch to its own fixed stages, so that there is nothing to fit; take nnU-Net's own plans"
+        )
+        raise LightNetsError(f"{name} {reason}: -p {PLANS}")
     return found
+
+
+def _takes_stages_from_plans(trainer_class: type[Any]) -> bool:
+    if not hasattr(trainer_class, "planned_architecture"):
+        return True  # nnU-Net's own network
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    setting = patch_setting([64, 64], 1, 2)
+    configuration = PlansManager(setting.plans).get_configuration(setting.configuration)
+    return "strides" in trainer_class.planned_architecture(configuration)
 
 
 def _has_fixed_stride(trainer_class: type[Any]) -> bool:

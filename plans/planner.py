@@ -256,7 +256,7 @@ class Planner:
         return math.prod(median) * int(self.dataset_json["numTraining"])
 
     def _memory(self, name: str, batch_size: int) -> int:
-        from nnunetv2_lightnets.plans.memory import training_memory
+        from nnunetv2_lightnets.nnunet.memory import training_memory
 
         return int(training_memory(self.trainer_class, self._setting(name), batch_size).total)
 

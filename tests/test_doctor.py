@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from nnunetv2_lightnets import doctor
 from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.nnunet.folders import FOLDERS
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -44,6 +46,80 @@ def test_another_nnunet(version: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     code, text = report(capsys)
     assert code == 1
     assert f"[FAIL] nnunetv2                    {version}, not 2.8" in text and "pip install 'nnunetv2~=2.8.0'" in text
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ([], "all that is used of it is there, but nobody has tested this release"),
+        (["nnunetv2.x:T.train_step is missing"], "would not work: nnunetv2.x:T.train_step is missing"),
+        ([f"{i} is missing" for i in range(9)], "0 is missing, 1 is missing, 2 is missing, and 6 more"),
+        (None, "it cannot be used: ImportError: no module of this name"),
+    ],
+)
+def test_the_next_release_is_refused_with_the_reason(
+    faults: list[str] | None, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(code: str) -> subprocess.CompletedProcess[str]:
+        if "contract" not in code:
+            return subprocess.CompletedProcess([], 0, f"FOUND {doctor.TRAINER}\n", "")
+        said = "" if faults is None else f"some noise\nCONTRACT {json.dumps(faults)}\n"
+        return subprocess.CompletedProcess([], 0, said, "Traceback\nImportError: no module of this name\n")
+
+    monkeypatch.setattr(doctor, "_python", answer)
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.0" if name == "nnunetv2" else real(name))
+    code, text = report(capsys)
+    assert code == 1
+    assert words in text and "-> pip install 'nnunetv2~=2.8.0'" in text
+
+
+def test_the_contract_is_read_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for nnU-Net's next minor release, here with all in place."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.0")
+    (nnunet,) = (finding for finding in doctor.versions() if finding.what == "nnunetv2")
+    assert nnunet.fatal and "all that is used of it is there" in nnunet.value
+
+
+@pytest.mark.parametrize(
+    ("cuda", "native", "mark"), [(True, None, "FAIL"), (False, "no C compiler", "note"), (False, None, None)]
+)
+def test_a_slow_scan(
+    cuda: bool,
+    native: str | None,
+    mark: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backends = {"mamba_ssm": "not installed", "triton": "no compiler", "native": native, "torch": None}
+    for module in ("nnunetv2_lightnets.ops", "nnunetv2_lightnets.nnunet.notices"):
+        monkeypatch.setattr(f"{module}.available_backends", lambda: backends)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    lines = [line for finding in doctor.scan_backends() for line in str(finding).splitlines()]
+    assert "[ -- ] scan backend mamba_ssm      not here: not installed" in lines
+    assert "[ ok ] scan backend torch          runs here" in lines
+    assert not any("[ ok ]" in line and "not here" in line for line in lines)
+    slow = [line for line in lines if "scan on this" in line]
+    assert len(slow) == (mark is not None)
+    if mark is not None:
+        assert slow[0].startswith(f"[{mark}] scan on this {'GPU' if cuda else 'CPU'}")
+
+
+@pytest.mark.parametrize("unset", [[], ["nnUNet_raw"], ["nnUNet_raw", "nnUNet_results"]])
+def test_it_is_ready_when_the_folders_are(
+    unset: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    without_processes(monkeypatch)
+    for name in FOLDERS:
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in unset:
+        monkeypatch.delenv(name)
+    code, text = report(capsys)
+    last = text.rstrip().splitlines()[-1]
+    assert code == 0
+    assert last.endswith(": nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerLightMUNet")
+    start = {0: "Ready:", 1: "Ready once nnUNet_raw is set", 2: "Ready once nnUNet_raw, nnUNet_results are set"}
+    assert last.startswith(start[len(unset)])
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

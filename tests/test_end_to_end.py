@@ -45,6 +45,8 @@ def test_training_leaves_what_nnunet_leaves(trained: tuple[NNUNet, str]) -> None
     log = next(fold.glob("training_log_*.txt")).read_text()
     assert "nnunetv2_lightnets" in log
     assert "lightm_unet" in log
+    assert "selective scan on cpu: backend" in log
+    assert "could not be estimated" not in log
 
 
 def test_a_new_process_predicts_and_nnunet_evaluates(trained: tuple[NNUNet, str], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ missing optional dependency hurts only its own trainer. Names take suffixes that
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from typing import Any
@@ -16,23 +17,21 @@ from nnunetv2_lightnets.nnunet.trainer_names import BUDGET, TRAINERS
 _NAME = re.compile(rf"(?P<base>nnUNetTrainer[A-Za-z0-9]*?)(?P<budget>(?:{BUDGET.pattern})+)$")
 
 
+@functools.cache  # a name is one class, as nnU-Net's results and pickle ask for
 def find_trainer(name: str) -> type[Any] | None:
     """The trainer class called ``name``, suffixes included, or None if there is none.
 
     The suffixes also work on nnU-Net's own ``nnUNetTrainer``, so that a comparison can give it the same budget.
     """
-    if name in globals():  # a budgeted class made before: a name is one class
-        found: type[Any] = globals()[name]
-        return found
     if name in TRAINERS:
-        module = importlib.import_module(f"{__name__}.{TRAINERS[name]}")
-        trainer: type[Any] = getattr(module, name)
+        trainer: type[Any] = getattr(importlib.import_module(f"{__name__}.{TRAINERS[name]}"), name)
         return trainer
     match = _NAME.match(name)
     if match is None or not (match["base"] in TRAINERS or match["base"] == "nnUNetTrainer"):
         return None
-    budget = {unit: int(number) for number, unit in BUDGET.findall(match["budget"])}
-    if len(budget) < len(BUDGET.findall(match["budget"])):
+    numbers = BUDGET.findall(match["budget"])
+    budget = {unit: int(number) for number, unit in numbers}
+    if len(budget) < len(numbers):
         return None  # the same unit twice
     from nnunetv2_lightnets.nnunet.trainer import with_budget
 
@@ -41,13 +40,12 @@ def find_trainer(name: str) -> type[Any] | None:
     else:
         base = find_trainer(match["base"])
     budgeted = with_budget(base, name, epochs=budget.get("epochs"), iterations=budget.get("iters"))
-    budgeted.__module__, budgeted.__qualname__ = __name__, name  # where pickle finds it
-    globals()[name] = budgeted
+    budgeted.__module__, budgeted.__qualname__ = __name__, name  # pickle finds it through __getattr__
     return budgeted
 
 
 def __getattr__(name: str) -> Any:
-    trainer = find_trainer(name) if name.startswith("nnUNetTrainer") else None
+    trainer = find_trainer(name)
     if trainer is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return trainer

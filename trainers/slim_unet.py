@@ -2,8 +2,11 @@
 
 A light network is worth its design only if it beats nnU-Net's own, given the same number of multiply-accumulates. The
 network is the plan's (PlainConvUNet, or ResidualEncoderUNet with its plans), with one factor on the features of all
-stages; strides, kernels and blocks stay. Training is nnU-Net's default in all things. The factor follows from the plan
-alone, so that prediction finds the same network.
+stages; strides, kernels and blocks stay. Training is nnU-Net's default in all things.
+
+The features are counted when a training starts, and recorded in its plans, which nnU-Net saves beside the results and
+in each checkpoint. Prediction, ``--c``, further folds and exported models take what is recorded. In results of older
+versions nothing is; there the features are counted again, which gives the same as long as the counter does.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +25,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import read_json
 from nnunetv2_lightnets.networks.counting import count_macs
+from nnunetv2_lightnets.nnunet.checkpoints import bare
 from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 _FEATURES = "features_per_stage"  # nnU-Net's own key
+_RECORD = "slim_unet"  # our key of a configuration: {trainer whose MACs are aimed at: features of each stage}
 
 
 def widths(features: Sequence[int], largest: float = 1.0) -> list[tuple[int, ...]]:
@@ -80,7 +87,7 @@ class nnUNetTrainerSlimUNet(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Build the plan's network with features that are as many as the MACs allow."""
+        """Build the plan's network with the features that are recorded, or else as many as the MACs allow."""
         planned = configuration_manager.network_arch_init_kwargs
         if _FEATURES not in planned:
             raise LightNetsError(
@@ -107,8 +114,11 @@ class nnUNetTrainerSlimUNet(nnUNetTrainer):
                 network = build(features, False)
             return count_macs(network, num_input_channels, configuration_manager.patch_size)
 
-        target = cls._target(configuration_manager, num_input_channels, num_output_channels)
-        return build(closest_features(planned[_FEATURES], target, macs), enable_deep_supervision)
+        features = configuration_manager.configuration.get(_RECORD, {}).get(cls.like)
+        if features is None:
+            target = cls._target(configuration_manager, num_input_channels, num_output_channels)
+            features = closest_features(planned[_FEATURES], target, macs)
+        return build(tuple(features), enable_deep_supervision)
 
     @classmethod
     def _target(cls, configuration_manager: ConfigurationManager, inputs: int, outputs: int) -> int:
@@ -121,13 +131,44 @@ class nnUNetTrainerSlimUNet(nnUNetTrainer):
             network = light.trained_network(configuration_manager, inputs, outputs, False)
         return count_macs(network, inputs, configuration_manager.patch_size)
 
+    def initialize(self) -> None:
+        """Build as nnU-Net does, with the features of this model's other folds if there are any, and record them."""
+        here = self.configuration_manager.configuration
+        saved = Path(self.output_folder_base, "plans.json")
+        if self.like not in here.get(_RECORD, {}) and saved.exists():
+            there = PlansManager(read_json(saved, "move it away")).get_configuration(self.configuration_name)
+            features = there.configuration.pop(_RECORD, {}).get(self.like)
+            if there.configuration == {key: value for key, value in here.items() if key != _RECORD}:
+                self._record(features)
+        super().initialize()
+        self._record(self._features())
+
+    def load_checkpoint(self, filename_or_checkpoint: Any = None, checkpoint: Any = None) -> None:
+        """Load nnU-Net's checkpoint into a network with the features that it was trained with."""
+        source = filename_or_checkpoint if checkpoint is None else checkpoint
+        if not self.was_initialized:
+            read = source if isinstance(source, dict) else torch.load(source, "cpu", mmap=True, weights_only=False)
+            plans = read["init_args"]["plans"]
+            self._record(plans["configurations"].get(self.configuration_name, {}).get(_RECORD, {}).get(self.like))
+        super().load_checkpoint(source)
+        self._record(self._features())
+
+    def _features(self) -> list[int]:
+        encoder: Any = bare(self.network).encoder
+        return list(encoder.output_channels)
+
+    def _record(self, features: Sequence[int] | None) -> None:
+        """Write into the plans, those of the checkpoints included, what features each stage has."""
+        if features is not None:
+            plans = (self.plans_manager.plans, self.my_init_kwargs["plans"])
+            configurations = (p["configurations"][self.configuration_name] for p in plans)
+            for configuration in (self.configuration_manager.configuration, *configurations):
+                configuration.setdefault(_RECORD, {})[self.like] = list(features)
+
     def on_train_start(self) -> None:
         """Start as nnU-Net does, and write into the log what is trained."""
         super().on_train_start()
-        network: Any = self.network
-        network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-        features = getattr(network, "_orig_mod", network).encoder.output_channels
-        self.print_to_log_file(f"features {list(features)}, for about the MACs of {self.like}")
+        self.print_to_log_file(f"features {self._features()}, for about the MACs of {self.like}")
 
 
 class nnUNetTrainerSlimUNetLightMUNet(nnUNetTrainerSlimUNet):

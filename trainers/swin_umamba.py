@@ -6,19 +6,18 @@ all epochs, Dice and cross-entropy at four resolutions with weights .571, .286, 
 weight 0 is nnU-Net's (1e-6 where several GPUs train without compilation, so that every parameter has a gradient).
 The published scores belong to epochs 100 to 350 of a schedule of 1000.
 
-The ``...Scratch`` twins start from random weights and freeze nothing; all else is the same. (The authors' twin of
-Swin-UMamba† also switches deep supervision off, so that their comparison changes two things at once.)
+The ``...Scratch`` ablations start from random weights and freeze nothing; all else is the same. (The authors' own
+ablation of Swin-UMamba† also switches deep supervision off, so that their comparison changes two things at once.)
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
+from nnunetv2_lightnets.nnunet.schedules import Cosine
 from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 from nnunetv2_lightnets.pretrained import load_vmamba, vmamba_path
 
@@ -33,27 +32,13 @@ class nnUNetTrainerSwinUMamba(LightNetsTrainer):
 
     network_name = "swin_umamba"
     deep_supervision = True
+    initial_lr = 1e-4
+    weight_decay = 0.05
+    optimizer_class = torch.optim.AdamW  # of all parameters, also of those that are frozen at first
+    optimizer_kwargs = {"eps": 1e-5}
+    schedule = Cosine(final_lr=1e-6)
     pretrained: ClassVar[bool] = True
     frozen_epochs: ClassVar[int] = 10
-
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-4
-        self.weight_decay = 0.05
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        """AdamW (eps 1e-5) on all parameters, also on those that are frozen at first, and the cosine schedule."""
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay, eps=1e-5
-        )
-        return optimizer, CosineSchedule(optimizer, self.num_epochs, final_lr=1e-6)
 
     def initialize(self) -> None:
         """Build network, optimizer and loss, and remember that the weights are random."""
@@ -106,9 +91,9 @@ class nnUNetTrainerSwinUMambaScratch(nnUNetTrainerSwinUMamba):
 
 
 class nnUNetTrainerSwinUMambaScratchNoScan(nnUNetTrainerSwinUMambaScratch):
-    """Control: from random weights, without the selective scans."""
+    """Ablation: from random weights, without the selective scans."""
 
-    network_kwargs = {"scan": False}  # noqa: RUF012
+    network_kwargs = {"scan": False}
 
 
 class nnUNetTrainerSwinUMambaD(nnUNetTrainerSwinUMamba):

@@ -9,10 +9,7 @@ flips and rotations are among nnU-Net's augmentations. One output, no deep super
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
@@ -22,20 +19,7 @@ class nnUNetTrainerULite(LightNetsTrainer):
 
     network_name = "ulite"
     n_downsamplings = 5
-
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 2e-3
-        self.weight_decay = 0.0
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """Adam on all parameters and the polynomial schedule with exponent 0.9."""
-        optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=0.9)
+    initial_lr = 2e-3
+    weight_decay = 0.0
+    optimizer_class = torch.optim.Adam
+    optimizer_kwargs = {}

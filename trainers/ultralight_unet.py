@@ -8,12 +8,9 @@ alone, so that a resumed training goes on with the same values. The weight decay
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
-from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
+from nnunetv2_lightnets.nnunet.schedules import Cosine
 from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
 
 
@@ -21,52 +18,40 @@ class nnUNetTrainerUltraLightUNet(LightNetsTrainer):
     """UltraLightUNet, variant "base": 0.32 M parameters in 2D, 0.46 M in 3D."""
 
     network_name = "ultralight_unet"
-    network_kwargs = {"variant": "base"}  # noqa: RUF012
+    network_kwargs = {"variant": "base"}
     n_downsamplings = 5
-
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 5e-4
-        self.weight_decay = 1e-4
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        """AdamW on all parameters and the cosine schedule."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
-        return optimizer, CosineSchedule(optimizer, self.num_epochs, final_lr=1e-6)
+    initial_lr = 5e-4
+    weight_decay = 1e-4
+    optimizer_class = torch.optim.AdamW
+    optimizer_kwargs = {}
+    schedule = Cosine(final_lr=1e-6)
 
 
 class nnUNetTrainerUltraLightUNetT(nnUNetTrainerUltraLightUNet):
     """Variant "T": 0.03 M parameters in 2D, 0.06 M in 3D."""
 
-    network_kwargs = {"variant": "T"}  # noqa: RUF012
+    network_kwargs = {"variant": "T"}
 
 
 class nnUNetTrainerUltraLightUNetS(nnUNetTrainerUltraLightUNet):
     """Variant "S": 0.09 M parameters in 2D, 0.17 M in 3D."""
 
-    network_kwargs = {"variant": "S"}  # noqa: RUF012
+    network_kwargs = {"variant": "S"}
 
 
 class nnUNetTrainerUltraLightUNetM(nnUNetTrainerUltraLightUNet):
     """Variant "M": 1.15 M parameters in 2D, 1.44 M in 3D."""
 
-    network_kwargs = {"variant": "M"}  # noqa: RUF012
+    network_kwargs = {"variant": "M"}
 
 
 class nnUNetTrainerUltraLightUNetL(nnUNetTrainerUltraLightUNet):
     """Variant "L": 3.76 M parameters in 2D, 4.30 M in 3D."""
 
-    network_kwargs = {"variant": "L"}  # noqa: RUF012
+    network_kwargs = {"variant": "L"}
 
 
 class nnUNetTrainerUltraLightUNetSingleKernel(nnUNetTrainerUltraLightUNet):
-    """Control: the largest kernel alone, so that the receptive field stays and only the smaller kernels are missing."""
+    """Ablation: the largest kernel alone, so that the receptive field stays and the smaller kernels are gone."""
 
-    network_kwargs = {"variant": "base", "kernel_sizes": (5,)}  # noqa: RUF012
+    network_kwargs = {"variant": "base", "kernel_sizes": (5,)}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import pickle
 import re
 import sys
 from types import TracebackType
 
 from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE, is_nnunet_command
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import is_damaged
+from nnunetv2_lightnets.nnunet.folders import FOLDERS, PREPROCESSED, RESULTS
 from nnunetv2_lightnets.nnunet.trainer_names import nearest_trainers
 
 _FULL_TRACEBACK = "NNUNET_LIGHTNETS_TRACEBACK"
-_PREPROCESSED = "nnUNet_preprocessed"
-_DATA_FOLDERS = ("nnUNet_raw", _PREPROCESSED, "nnUNet_results")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_WORKER = (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOMEM)  # pipes to and from processes
 # How nnU-Net's own words for a mistake begin, where they help as they are.
 _CLEAR_WORDS = (
     "Cannot both continue",
@@ -23,41 +25,47 @@ _CLEAR_WORDS = (
     "dataset_name_or_id",
     "More than one dataset name found",
     "-device must be",
-    *(f"{folder} is not defined" for folder in _DATA_FOLDERS),
+    *(f"{folder} is not defined" for folder in FOLDERS),
 )
 _NO_CUDA = ("Found no NVIDIA driver", "Torch not compiled with CUDA", "No CUDA GPUs are available")
 
 
 def user_mistake(error: BaseException) -> str | None:
     """One line that tells the user what is wrong, or None if the error is no mistake of theirs."""
+    mistake: str | None = None
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted. A training goes on from its last checkpoint with --c."
     if isinstance(error, LightNetsError):
-        mistake: str | None = str(error)
+        mistake = str(error)
     elif isinstance(error, OSError):
-        mistake = _disk_mistake(error)
-    else:
+        mistake = _system_mistake(error)
+    elif is_damaged(error):
         mistake = _damaged_checkpoint(error)
-        if mistake is None and isinstance(error, RuntimeError | ValueError | AssertionError):
-            mistake = _nnunet_mistake(" ".join(str(error).split()))
+    elif isinstance(error, RuntimeError | ValueError | AssertionError):
+        mistake = _nnunet_mistake(" ".join(str(error).split()))
     return None if mistake is None else f"Error: {' '.join(mistake.split())}"
 
 
-def _disk_mistake(error: OSError) -> str | None:
-    if error.errno is None:
-        return None
-    if error.filename is None:
-        return f"{error.strerror}; check the disk that holds nnUNet_results"
-    file = str(error.filename)
-    if isinstance(error, FileNotFoundError):
+def _system_mistake(error: OSError) -> str | None:
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        file = str(error.filename)
         return f"{file} does not exist{_missing_file_remedy(file)}"
-    return f"{file}: {error.strerror}; check that the folder exists and can be written"
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check that this path is right and may be used"
+    if error.errno in _DISK:
+        return f"{error.strerror}; check the disk that holds {RESULTS}"
+    if error.errno in _WORKER:
+        return (
+            f"{error.strerror}: a worker process died or could not start, usually for lack of memory. Take fewer "
+            f"workers (export nnUNet_n_proc_DA=2 for training, -npp 1 -nps 1 for prediction), or give more memory"
+        )
+    return None
 
 
 def _missing_file_remedy(file: str) -> str:
     """What to do about a missing file of nnU-Net's, by its place."""
     folder, name = os.path.split(file)
-    preprocessed = os.environ.get(_PREPROCESSED)
+    preprocessed = os.environ.get(PREPROCESSED)
     if name.startswith("checkpoint_"):
         return ": this fold's training has not finished; go on with --c, or name another checkpoint with -chk"
     if preprocessed and file.startswith(preprocessed):
@@ -71,14 +79,13 @@ def _missing_file_remedy(file: str) -> str:
 
 
 def _damaged_checkpoint(error: BaseException) -> str | None:
-    """Name the file, if the error comes out of ``torch.load``."""
-    if not isinstance(error, RuntimeError | EOFError | pickle.UnpicklingError):
-        return None
+    """Name the file; the error does not, but the call of ``torch.load`` that it comes out of does."""
     trace = error.__traceback__
     while trace is not None:
-        code, variables = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        code = trace.tb_frame.f_code
         if code.co_name == "load" and code.co_filename.endswith(os.path.join("torch", "serialization.py")):
-            return f"{variables.get('f')} cannot be read: it is truncated or damaged, or no checkpoint; get it again"
+            file = trace.tb_frame.f_locals.get("f")
+            return f"{file} cannot be read: it is truncated or damaged, or no checkpoint; get it again"
         trace = trace.tb_next
     return None
 
@@ -86,7 +93,7 @@ def _damaged_checkpoint(error: BaseException) -> str | None:
 def _nnunet_mistake(text: str) -> str | None:
     """Mistakes that nnU-Net or torch report in words; None for their other errors."""
     if text.startswith("Could not find a dataset with the ID"):
-        folders = ", ".join(f"{key}={os.environ.get(key)}" for key in _DATA_FOLDERS)
+        folders = ", ".join(f"{key}={os.environ.get(key)}" for key in FOLDERS)
         return f"{text.split('Make sure')[0].strip()} Looked in {folders}"
     if missing := re.match(r"Could not find requested nnunet trainer (\S+)", text):
         nearest = ", ".join(nearest_trainers(missing[1]))

@@ -39,11 +39,16 @@ def make_trainer(
 
 
 def make_batch(trainer: Any, patch: Sequence[int], batch_size: int) -> dict[str, Any]:
-    """Random data, and random labels at every resolution that the network answers in."""
+    """Random data, and random labels for what the network answers."""
     data = torch.randn(batch_size, trainer.num_input_channels, *patch)
     with torch.no_grad(), autocast(trainer.device):
         # One patch is enough to see the shapes, and evaluation takes patches of any size.
         answers = trainer.network.eval()(data[:1].to(trainer.device))
+    return {"data": data, "target": make_targets(trainer, answers, batch_size)}
+
+
+def make_targets(trainer: Any, answers: Any, batch_size: int) -> Any:
+    """Random labels at every resolution that the network answers in: one tensor, or a list under deep supervision."""
     several = isinstance(answers, (list, tuple))
     manager = trainer.label_manager
     targets = []
@@ -55,7 +60,7 @@ def make_batch(trainer: Any, patch: Sequence[int], batch_size: int) -> dict[str,
         else:
             shape = (batch_size, 1, *spatial)
             targets.append(torch.randint(0, manager.num_segmentation_heads, shape, dtype=torch.int16))
-    return {"data": data, "target": targets if several else targets[0]}
+    return targets if several else targets[0]
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -6,30 +6,31 @@ nnU-Net's. Where nnU-Net 2.8 leaves no hook its method is repeated here, and a c
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_lightnets import __version__
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks import create_network, list_networks, network_entry
+from nnunetv2_lightnets.nnunet.checkpoints import CheckpointTrainer
 from nnunetv2_lightnets.nnunet.freezing import backward
 from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
+from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
+from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
 
 # Under automatic mixed precision single steps may overflow: the gradient scaler skips them. A run of them is a fault.
 MAX_SKIPPED_STEPS = 20
-_RNG = "lightnets_rng"
 # nnU-Net builds networks for training and for prediction through one method, and does not say which it wants.
 _building_for_training: ContextVar[bool] = ContextVar("building_for_training", default=False)
 
@@ -54,21 +55,31 @@ def _pooling(configuration: ConfigurationManager) -> Sequence[Sequence[int]]:
     return pooling if own is None else [[1] * len(own[0]), *own]
 
 
-class LightNetsTrainer(nnUNetTrainer):
-    """Base of all recipes.
+class LightNetsTrainer(CheckpointTrainer):
+    """Base of all recipes: a recipe is a table of these attributes, of which nnU-Net's own values stand here.
 
     Attributes:
         network_name: the network's name in the registry.
         network_kwargs: its architecture, where it differs from the network's own defaults.
         n_downsamplings: how many strides the network takes from the plan; None if its strides are fixed.
         deep_supervision: whether the network is trained at several resolutions.
-        clip_norm: largest norm of the gradient of what is trained (nnU-Net's own value).
+        initial_lr: learning rate at the first epoch.
+        weight_decay: of all parameters, as the optimizer means it.
+        optimizer_class: of torch; called with the parameters, the two values above, and ``optimizer_kwargs``.
+        optimizer_kwargs: what this class takes beside them; stated together with it.
+        schedule: of the learning rate, see :mod:`nnunetv2_lightnets.nnunet.schedules`.
+        clip_norm: largest norm of the gradient of what is trained.
     """
 
     network_name: ClassVar[str]
     network_kwargs: ClassVar[Mapping[str, Any]] = {}
     n_downsamplings: ClassVar[int | None] = None
     deep_supervision: ClassVar[bool] = False
+    initial_lr: float = 1e-2
+    weight_decay: float = 3e-5
+    optimizer_class: ClassVar[type[Any]] = torch.optim.SGD
+    optimizer_kwargs: ClassVar[Mapping[str, Any]] = {"momentum": 0.99, "nesterov": True}
+    schedule: ClassVar[Poly | Cosine] = Poly()
     clip_norm: ClassVar[float] = 12.0
 
     def __init__(
@@ -81,9 +92,10 @@ class LightNetsTrainer(nnUNetTrainer):
     ) -> None:
         self._refuse_what_cannot_work(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        # nnU-Net's constructor has set its own values.
+        self.initial_lr, self.weight_decay = type(self).initial_lr, type(self).weight_decay
         self.enable_deep_supervision = self.deep_supervision
         self._skipped_steps = 0
-        self._rng_to_restore: dict[str, Any] | None = None
 
     @classmethod
     def _refuse_what_cannot_work(cls, plans: dict[str, Any], configuration: str) -> None:
@@ -151,6 +163,13 @@ class LightNetsTrainer(nnUNetTrainer):
         """What a recipe's network takes from the plan beside strides, as keywords of the network; nothing here."""
         return {}
 
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """The recipe's optimizer on all parameters, and its schedule."""
+        optimizer = self.optimizer_class(
+            self.network.parameters(), lr=self.initial_lr, weight_decay=self.weight_decay, **self.optimizer_kwargs
+        )
+        return optimizer, self.schedule(optimizer, self.initial_lr, self.num_epochs)
+
     def initialize(self) -> None:
         """Build everything as nnU-Net does; the network is one that can be trained."""
         token = _building_for_training.set(True)
@@ -171,14 +190,6 @@ class LightNetsTrainer(nnUNetTrainer):
         finally:
             self.network = trained
 
-    @property
-    def bare_network(self) -> nn.Module:
-        """The network itself, without the wrappers of DDP and torch.compile."""
-        network = self.network
-        if isinstance(network, nn.parallel.DistributedDataParallel):
-            network = network.module
-        return getattr(network, "_orig_mod", network)
-
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the network between its list of outputs and the finest alone.
 
@@ -194,19 +205,16 @@ class LightNetsTrainer(nnUNetTrainer):
             f"nnunetv2_lightnets {__version__}: {self.network_name} {dict(self.network_kwargs) or ''}, "
             f"{parameters:,} parameters, torch {torch.__version__}"
         )
-
-    def on_epoch_start(self) -> None:
-        """Start an epoch; the first one after a resume goes on with the random numbers where the last one stopped."""
-        if self._rng_to_restore is not None:
-            _set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
-        super().on_epoch_start()
+        if self.local_rank == 0:
+            for notice in (scan_notice(self.bare_network, self.device), memory_notice(self)):
+                if notice is not None:
+                    self.print_to_log_file(notice)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One training iteration: nnU-Net's own, but that frozen parameters get no gradient.
 
         Raises:
-            LightNetsError: if the loss is not finite (under mixed precision: for 20 iterations in a row).
+            LightNetsError: the loss or its gradient is not finite (under mixed precision: 20 times in a row).
         """
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
@@ -218,18 +226,19 @@ class LightNetsTrainer(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda") if self.device.type == "cuda" else dummy_context():
             loss = self.loss(self.network(data), target)
-        self._check_finite(loss)
 
-        if self.grad_scaler is not None:
-            backward(self.grad_scaler.scale(loss), self.network, self.frozen_parameters())
-            self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            backward(loss, self.network, self.frozen_parameters())
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        scaler = self.grad_scaler
+        backward(loss if scaler is None else scaler.scale(loss), self.network, self.frozen_parameters())
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        if scaler is None:
+            self._check_finite(loss, norm)  # before the step, which would spoil the weights
             self.optimizer.step()
+        else:  # it steps only where the gradients are finite, so the check can wait until all work is queued
+            scaler.step(self.optimizer)
+            scaler.update()
+            self._check_finite(loss, norm)
         return {"loss": loss.detach().cpu().numpy()}
 
     def frozen_parameters(self) -> list[nn.Parameter]:
@@ -240,77 +249,19 @@ class LightNetsTrainer(nnUNetTrainer):
         """
         return []
 
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        if bool(torch.isfinite(loss)):
+    def _check_finite(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Stop before the weights are lost, or before epochs go by in which the gradient scaler skips every step."""
+        if bool(torch.isfinite(loss.detach() + norm)):
             self._skipped_steps = 0
             return
         self._skipped_steps += 1
         if self.grad_scaler is None or self._skipped_steps >= MAX_SKIPPED_STEPS:
+            resumable = any(Path(self.output_folder).glob("checkpoint_*.pth"))
             raise LightNetsError(
-                f"the loss is {loss.item()} in epoch {self.current_epoch}; training stops before the weights are "
-                f"lost. Continue from the last checkpoint with --c, and check the images for NaN or extreme values"
+                f"the loss is {loss.item()} and the norm of its gradient is {norm.item()} in epoch "
+                f"{self.current_epoch}; training stops before the weights are lost. Check the images for NaN or "
+                f"extreme values{', then continue from the last checkpoint with --c' if resumable else ''}"
             )
-
-    def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint so that an interruption, at any moment, leaves the previous one whole.
-
-        Beside nnU-Net's entries it holds the states of the random number generators.
-        """
-        if self.local_rank != 0:
-            return
-        if self.disable_checkpointing:
-            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        checkpoint = {
-            "network_weights": self.bare_network.state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            "trainer_name": type(self).__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            _RNG: _rng_state(),
-        }
-        partial = f"{filename}.partial"
-        try:
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, filename)
-        except (OSError, RuntimeError) as error:
-            # torch.save closes its archive even when a write has failed, and this second failure is what arrives.
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise LightNetsError(
-                f"checkpoint {filename} could not be written: {reason.strerror or reason}; the previous one is kept. "
-                f"Free some space and go on with --c"
-            ) from error
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
-
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Load nnU-Net's checkpoint and, when training goes on, the random numbers where it stopped.
-
-        Raises:
-            LightNetsError: if the file cannot be read.
-        """
-        try:
-            super().load_checkpoint(filename_or_checkpoint)
-            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
-        except (OSError, EOFError, RuntimeError) as error:
-            if "size mismatch" in str(error) or "Missing key" in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise LightNetsError(
-                f"checkpoint {filename_or_checkpoint} cannot be read ({reason}); it is damaged: move it away, then "
-                f"--c goes on from the next older one (checkpoint_latest.pth, then checkpoint_best.pth)"
-            ) from error
-        self._rng_to_restore = checkpoint.get(_RNG)
 
 
 def with_budget(
@@ -344,21 +295,3 @@ def with_budget(
 def _for_prediction(network: nn.Module) -> nn.Module:
     """The network made ready for prediction, if its class knows how to do that exactly."""
     return PredictionNetwork(network) if hasattr(network, "prepare_for_inference_") else network
-
-
-def _rng_state() -> dict[str, Any]:
-    """States of all generators that training draws from, in types that torch.save takes."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002 (the generator nnU-Net's data loading draws from)
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

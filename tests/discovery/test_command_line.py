@@ -41,6 +41,8 @@ MISSPELT_MODEL = "Dataset001_X/nnUNetTrainerLightMUnet__nnUNetPlans__2d"
         (AssertionError("Key a.b is missing in the pretrained model. Not compatible with your network."), "Key a.b"),
         (ValueError("invalid literal for int() with base 10: 'x'"), "a number or 'all', not 'x'"),
         (KeyboardInterrupt(), "--c"),
+        (OSError(errno.ENOSPC, "No space left on device"), "check the disk that holds nnUNet_results"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/fold_0"), "/fold_0: Is a directory; check that this path"),
     ],
 )
 def test_mistakes_have_one_line(error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +57,25 @@ def test_mistakes_have_one_line(error: BaseException, words: str, monkeypatch: p
 @pytest.mark.parametrize(
     "error",
     [
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_a_worker_that_died_is_no_fault_of_the_disk(error: OSError) -> None:
+    line = user_mistake(error)
+    assert line is not None
+    assert f"{error.strerror}: a worker process died" in line and "lack of memory" in line
+    assert all(remedy in line for remedy in ("nnUNet_n_proc_DA", "-npp", "-nps"))
+    assert "disk" not in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         RuntimeError("CUDA error"),
+        OSError(errno.EINVAL, "Invalid argument"),
+        OSError("words alone"),
         ValueError("bad"),
         ValueError("invalid literal for int() with base 10: 'read from some file'"),
         KeyError("x"),
@@ -74,6 +94,27 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     line = user_mistake(caught.value)
     assert line is not None
     assert f"{file} cannot be read" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False."),
+    ],
+)
+def test_a_good_checkpoint_is_not_called_damaged(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    torch.save({}, file := tmp_path / "checkpoint_final.pth")
+    monkeypatch.setattr(torch.serialization, "_load", fail)
+    with pytest.raises(RuntimeError) as caught:
+        torch.load(file, weights_only=False)
+    assert user_mistake(caught.value) is None
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,11 @@ def test_names_that_resemble_none_of_ours_are_left_to_nnunet(name: str) -> None:
 @pytest.mark.parametrize("name", ["nnUNetTrainerLightMUNet_0epochs", "nnUNetTrainerLightMUNet_2epochs_3epochs"])
 def test_senseless_budgets_are_no_trainers(name: str) -> None:
     assert find_trainer(name) is None
+
+
+@pytest.mark.parametrize("name", ["re", "Any", "importlib", "find_trainer", "__name__", "lightm_unet", "TRAINERS"])
+def test_what_is_no_trainer_is_not_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "1", "2d", "0", "-tr", name])
+    assert find_trainer(name) is None
+    with pytest.raises(AttributeError):
+        trainer_or_attribute_error(name)

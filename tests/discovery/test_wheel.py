@@ -69,8 +69,8 @@ def test_the_wheel_holds_what_the_commands_need(fresh: Path, tmp_path: Path) -> 
     data = (
         "from importlib.resources import files as f; p = f('nnunetv2_lightnets')\n"
         "import nnunetv2_lightnets.plans as plans\n"
-        "print(p.joinpath('py.typed').is_file(), p.joinpath('benchmark/claims.json').is_file(),"
-        " any(f(plans).joinpath('reference').iterdir()), any(p.joinpath('benchmark/templates').iterdir()))"
+        "print(p.joinpath('py.typed').is_file(), p.joinpath('costs/claims.json').is_file(),"
+        " any(f(plans).joinpath('reference').iterdir()), any(p.joinpath('costs/templates').iterdir()))"
     )
     assert run(fresh, "-c", data, cwd=tmp_path).stdout.split() == ["True"] * 4
 

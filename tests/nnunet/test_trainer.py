@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_commands import DATASET, NNUNet
+from nnunetv2_lightnets import files
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.nnunet import trainer as training
-from nnunetv2_lightnets.nnunet.trainer import MAX_SKIPPED_STEPS, LightNetsTrainer, strides_from_plan
+from nnunetv2_lightnets.nnunet.trainer import MAX_SKIPPED_STEPS, strides_from_plan
 from nnunetv2_lightnets.trainers import find_trainer
 
 TRAINER = "nnUNetTrainerLightMUNetT_3epochs_2iters"
@@ -114,7 +115,7 @@ def test_the_checkpoint_holds_all_that_nnunet_saves(make_trainer: Callable[..., 
     trainer.initialize()
     trainer.save_checkpoint(str(tmp_path / "ours.pth"))
     theirs = io.BytesIO()
-    super(LightNetsTrainer, trainer).save_checkpoint(theirs)  # type: ignore[arg-type]
+    nnUNetTrainer.save_checkpoint(trainer, theirs)  # type: ignore[arg-type]
     theirs.seek(0)
     ours = torch.load(tmp_path / "ours.pth", weights_only=False)
     expected = torch.load(theirs, weights_only=False)
@@ -139,7 +140,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data)
 
-    monkeypatch.setattr(training, "open", FullDisk, raising=False)
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
     with pytest.raises(LightNetsError, match="No space left on device"):
         trainer.save_checkpoint(str(file))
     assert file.read_bytes() == before
@@ -238,7 +239,7 @@ def test_one_step_equals_nnunets_step(make_trainer: Callable[..., Any], scaled: 
             trainer.grad_scaler = Scaler()
     batch = random_batch(ours)
     first = ours.train_step(dict(batch))
-    second = super(LightNetsTrainer, theirs).train_step(dict(batch))
+    second = nnUNetTrainer.train_step(theirs, dict(batch))
     assert first["loss"] == second["loss"]
     for a, b in zip(ours.network.parameters(), theirs.network.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -257,6 +258,85 @@ def test_a_loss_that_is_not_finite_stops_the_training(
         trainer.train_step(batch)
     with pytest.raises(LightNetsError, match="in epoch 0"):
         trainer.train_step(batch)
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity; its gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.full_like(grad, float("nan"))
+
+
+@pytest.mark.parametrize(("scaled", "steps"), [(False, 1), (True, MAX_SKIPPED_STEPS)])
+def test_gradients_that_are_not_finite_stop_the_training_and_leave_the_weights(
+    make_trainer: Callable[..., Any], scaled: bool, steps: int
+) -> None:
+    """The loss is finite all the time; a gradient scaler would halve its scale for ever and skip each step."""
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu") if scaled else None
+    loss = trainer.loss
+    trainer.loss = lambda output, target: loss(NoGradient.apply(output), target)
+    before = {key: tensor.clone() for key, tensor in trainer.network.state_dict().items()}
+    batch = random_batch(trainer)
+    for _ in range(steps - 1):
+        assert np.isfinite(trainer.train_step(batch)["loss"])
+    with pytest.raises(LightNetsError, match=r"the norm of its gradient is nan in epoch 0"):
+        trainer.train_step(batch)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in trainer.network.state_dict().items())
+
+
+def test_single_overflows_under_a_gradient_scaler_are_skipped(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loss, batch = trainer.loss, random_batch(trainer)
+    weight = next(trainer.network.parameters())
+    for step in range(2 * MAX_SKIPPED_STEPS):
+        overflow = step % MAX_SKIPPED_STEPS != 3  # one good step among nineteen
+        trainer.loss = lambda output, target, bad=overflow: loss(NoGradient.apply(output) if bad else output, target)
+        before = weight.detach().clone()
+        trainer.train_step(batch)
+        assert torch.equal(weight, before) == overflow
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_going_on_is_offered_where_there_is_a_checkpoint(make_trainer: Callable[..., Any], resumable: bool) -> None:
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
+    trainer.initialize()
+    if resumable:
+        trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_best.pth")
+    batch = random_batch(trainer)
+    batch["data"][:] = float("nan")
+    with pytest.raises(LightNetsError) as caught:
+        trainer.train_step(batch)
+    assert ("--c" in str(caught.value)) == resumable
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_nobody_waits_for_the_loss_before_all_is_queued(
+    make_trainer: Callable[..., Any], scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU works on while Python queues; whatever looks at a value makes Python wait."""
+    trainer = make_trainer(configuration="2d", patch_size=[32, 32], batch_size=2)
+    trainer.initialize()
+    trainer.grad_scaler = Scaler() if scaled else None
+    order: list[str] = []
+    step = trainer.optimizer.step
+    backward, check = torch.Tensor.backward, torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (order.append("backward"), backward(*a, **k))[1])
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: (order.append("look"), check(self))[1])
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *a, **k: (order.append("step"), step(*a, **k))[1])
+    trainer.loss = lambda output, target: output.square().mean()
+    trainer.train_step(random_batch(trainer))
+    seen = [word for i, word in enumerate(order) if word not in order[:i]]
+    assert order[-1] == ("look" if scaled else "step"), order
+    assert seen == (["backward", "step", "look"] if scaled else ["backward", "look", "step"]), order
 
 
 def test_an_unknown_configuration_is_refused_before_anything_is_written(

@@ -211,6 +211,41 @@ def test_mistakes_are_one_line(
     assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("SegResNet", "pads any patch to its own fixed stages"),
+        ("SwinUNETR", "pads any patch to its own fixed stages"),
+        ("UNETR", "pads any patch to its own fixed stages"),
+        ("UMambaBot", "takes its stages from nnU-Net's own plans"),
+        ("SlimUNet", "takes its stages from nnU-Net's own plans"),
+    ],
+)
+def test_networks_that_need_no_plans_say_why(
+    name: str, reason: str, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "-d", "901", "-tr", f"nnUNetTrainer{name}"]) == 2
+    error = capsys.readouterr().err
+    assert f"nnUNetTrainer{name} {reason}" in error and "-p nnUNetPlans" in error
+
+
+@pytest.mark.parametrize(
+    ("chosen", "first"), [([], "3d_fullres"), (["-c", "2d"], "2d"), (["-c", "3d_lowres"], "3d_lowres")]
+)
+def test_volumes_are_to_be_trained_as_volumes(
+    chosen: list[str], first: str, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnU-Net's plans of volumes begin with 2d."""
+    file = dataset / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    volumes = base_plans((16, 16, 16), (16, 16, 16))[0]["configurations"]["3d_fullres"]
+    plans["configurations"] |= {"3d_lowres": volumes, "3d_fullres": volumes}
+    plans["original_median_shape_after_transp"] = [16, 64, 64]
+    file.write_text(json.dumps(plans))
+    assert main(["plan", "-d", "901", "-tr", TINY, *chosen]) == 0
+    assert f"nnUNetv2_train 901 {first} 0 -tr {TINY}" in capsys.readouterr().out
+
+
 def test_missing_fingerprint_is_named(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (dataset / "dataset_fingerprint.json").unlink()
     assert main(["plan", "-d", "901", "-tr", TINY]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.networks.counting import count_macs
 from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
-from nnunetv2_lightnets.trainers import find_trainer
+from nnunetv2_lightnets.trainers import find_trainer, slim_unet
 from nnunetv2_lightnets.trainers.slim_unet import closest_features, widths
 
 NAMES = [name for name in TRAINERS if "SlimUNet" in name]
@@ -117,11 +118,109 @@ def test_plans_of_other_networks_are_refused():
         build(find_trainer("nnUNetTrainerSlimUNet"), setting, 1, 2)
 
 
+# --- recorded features -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """nnU-Net's folders, and plans of a free patch in them."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    data = tmp_path / "nnUNet_preprocessed" / "Dataset999_Free" / "free"
+    data.mkdir(parents=True)
+    (data / "case.b2nd").touch()
+    return tmp_path / "nnUNet_results" / "Dataset999_Free"
+
+
+def make(fold=0, **changes):
+    """A trainer on plans as they are before any training."""
+    setting = patch_setting([16, 24], 1, 2)
+    setting.plans["configurations"]["free"] |= changes
+    trainer = find_trainer("nnUNetTrainerSlimUNetULite")
+    plans = setting.plans | {"continue_training": False}
+    return trainer(plans, "free", fold, setting.dataset_json, torch.device("cpu"))
+
+
+def counts_no_more(monkeypatch):
+    def fail(*_):
+        raise AssertionError("counted again")
+
+    monkeypatch.setattr(slim_unet, "count_macs", fail)
+
+
+def features_of(network):
+    return list(network.encoder.output_channels)
+
+
+def test_what_is_counted_is_in_the_plans_of_checkpoints_and_results(results, monkeypatch):
+    trainer = make()
+    trainer.initialize()
+    features = features_of(trainer.network)
+    assert features != trainer.configuration_manager.network_arch_init_kwargs["features_per_stage"]
+    record = {"nnUNetTrainerULite": features}
+    assert trainer.plans_manager.plans["configurations"]["free"]["slim_unet"] == record  # nnU-Net saves these
+    file = str(results / "checkpoint_final.pth")
+    trainer.save_checkpoint(file)
+    saved = torch.load(file, weights_only=False)["init_args"]["plans"]
+    assert saved["configurations"]["free"]["slim_unet"] == record
+
+    # Prediction, as nnU-Net builds it from the plans beside the results, here or where they were exported to.
+    counts_no_more(monkeypatch)
+    plans = PlansManager(json.loads(json.dumps(saved)))
+    network = type(trainer).build_network_architecture(plans, plans.get_configuration("free"), 1, 2, False)
+    network.load_state_dict(trainer.network.state_dict())
+    # --c starts from plans without a record.
+    resumed = make()
+    resumed.load_checkpoint(file)
+    assert features_of(resumed.network) == features
+
+
+@pytest.mark.parametrize("keyword", ["filename_or_checkpoint", "checkpoint"])
+def test_a_checkpoint_has_its_features_even_if_others_would_be_counted(results, monkeypatch, keyword):
+    trainer = make()
+    trainer.initialize()
+    trainer.save_checkpoint(file := str(results / "checkpoint_latest.pth"))
+    monkeypatch.setattr(slim_unet, "closest_features", lambda planned, *_: tuple(planned))  # another counter
+    resumed = make()
+    resumed.load_checkpoint(**{keyword: file})
+    assert features_of(resumed.network) == features_of(trainer.network)
+
+
+def test_further_folds_have_the_features_of_the_first(results, monkeypatch):
+    first = make()
+    first.initialize()
+    (results / "nnUNetTrainerSlimUNetULite__nnUNetPlans__free" / "plans.json").write_text(
+        json.dumps(first.plans_manager.plans)
+    )
+    monkeypatch.setattr(slim_unet, "closest_features", lambda planned, *_: tuple(planned))
+    second, replanned = make(fold=1), make(fold=1, patch_size=[24, 24])
+    for trainer in (second, replanned):
+        trainer.initialize()
+    assert features_of(second.network) == features_of(first.network)
+    assert features_of(replanned.network) == [32, 64, 128]  # other plans: counted again
+
+
+def test_checkpoints_without_a_record_go_on_loading(results):
+    trainer = make()
+    trainer.initialize()
+    trainer.save_checkpoint(file := str(results / "checkpoint_final.pth"))
+    old = torch.load(file, weights_only=False)
+    del old["init_args"]["plans"]["configurations"]["free"]["slim_unet"]
+    torch.save(old, file)
+    resumed = make()
+    resumed.load_checkpoint(file)
+    for key, tensor in trainer.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[key])
+    recorded = resumed.my_init_kwargs["plans"]["configurations"]["free"]["slim_unet"]  # from now on
+    assert recorded == {"nnUNetTrainerULite": features_of(trainer.network)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_training_is_nnunets_own(name):
     trainer = find_trainer(name)
     assert issubclass(trainer, nnUNetTrainer)
     changed = {key for base in trainer.__mro__[: trainer.__mro__.index(nnUNetTrainer)] for key in vars(base)}
     own = {"build_network_architecture", "on_train_start", "like", "_target"}
+    own |= {"initialize", "load_checkpoint", "_features", "_record"}  # what is recorded
     assert {key for key in changed if not key.startswith("__")} - {"_abc_impl"} == own
     assert find_trainer(trainer.like) is not None

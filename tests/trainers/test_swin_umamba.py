@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from nnunet_commands import DATASET, NNUNet
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
 from nnunetv2_lightnets.pretrained.cache import CACHE_VARIABLE, VMAMBA_FILE
 from nnunetv2_lightnets.pretrained.vmamba import vmamba_tiny_shapes
 from nnunetv2_lightnets.trainers import swin_umamba as recipes
-from nnunetv2_lightnets.trainers.swin_umamba import CosineSchedule
 
 SMALL = {
     "nnUNetTrainerSwinUMamba": {"features": (4, 8, 16, 32, 64), "depths": (1, 1, 1, 1), "d_state": 4},

@@ -10,8 +10,10 @@ Counted in float32, as networks train on a CPU. Under the mixed precision of a G
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import Setting
-from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
+from nnunetv2_lightnets.nnunet.rehearsal import make_targets, make_trainer
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,48 @@ def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int)
     """
     with temporary_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = make_trainer(trainer_class, setting, batch_size, folder, torch.device("cpu"))
+    return step_memory(trainer, setting.patch, batch_size)
+
+
+def memory_of(trainer: Any) -> TrainingMemory:
+    """Memory of one step of a trainer of ours that is about to train; it is left as it is."""
+    rehearsed = copy.copy(trainer)
+    rehearsed.device, rehearsed.is_ddp = torch.device("cpu"), False
+    with torch.device("meta"):
+        rehearsed.network = trainer.trained_network(
+            trainer.configuration_manager,
+            trainer.num_input_channels,
+            trainer.label_manager.num_segmentation_heads,
+            trainer.enable_deep_supervision,
+        )
+    rehearsed.optimizer, _ = rehearsed.configure_optimizers()
+    rehearsed.loss = rehearsed._build_loss()
+    return step_memory(rehearsed, trainer.configuration_manager.patch_size, trainer.batch_size)
+
+
+def step_memory(trainer: Any, patch: Sequence[int], batch_size: int) -> TrainingMemory:
+    """Memory of one step of this trainer, which cannot be used afterwards.
+
+    Args:
+        trainer: initialized, on a CPU; its network may be on the meta device, which has no memory.
+        patch: voxels along each axis.
+        batch_size: patches of a step.
+    """
     state_bytes = sum(p.numel() for p in trainer.network.parameters()) * _state_per_weight(trainer.optimizer)
     mode, live = FakeTensorMode(), _LiveBytes()
     _make_fake(trainer.network, mode)
     with mode, live:
         weight_bytes = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
-        batch = make_batch(trainer, setting.patch, batch_size)
+        outside = live.bytes
+        data = torch.empty(batch_size, trainer.num_input_channels, *patch)
         trainer.network.train()
-        outside = live.bytes - sum(t.untyped_storage().nbytes() for t in tree_leaves(batch))
         live.start()
         saved = _SavedBytes()
         with saved:
-            loss = trainer.loss(trainer.network(batch["data"]), batch["target"])
+            answers = trainer.network(data)
+            targets = make_targets(trainer, answers, batch_size)
+            loss = trainer.loss(answers, targets)
+            del answers  # as in our training step
         loss.backward()
     return TrainingMemory(fixed=weight_bytes + state_bytes, step=live.peak - outside, saved=saved.bytes)
 
@@ -143,8 +175,13 @@ def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = mode.from_tensor(parameter.detach())
+                fake = _fake(parameter.detach(), mode)
                 module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer)
+                module._buffers[name] = _fake(buffer, mode)
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)

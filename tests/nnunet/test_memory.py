@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnunetv2_lightnets.nnunet import memory
+from nnunetv2_lightnets.nnunet.memory import training_memory
 from nnunetv2_lightnets.nnunet.plans import patch_setting
-from nnunetv2_lightnets.plans import memory
-from nnunetv2_lightnets.plans.memory import training_memory
 from nnunetv2_lightnets.trainers import find_trainer
 
 ROOT = Path(__file__).resolve().parents[2]

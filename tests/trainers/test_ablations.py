@@ -1,4 +1,4 @@
-"""Controls without a network's mechanism: what is left out is gone, what is left is as documented."""
+"""Ablations: networks without their mechanism: what is left out is gone, what is left is as documented."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnunetv2_lightnets.networks.vss import SS2D
 from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.trainers import find_trainer
 
-TWINS = {
+ABLATIONS = {
     "nnUNetTrainerLightMUNetNoScan": "nnUNetTrainerLightMUNet",
     "nnUNetTrainerLightMUNetSNoScan": "nnUNetTrainerLightMUNetS",
     "nnUNetTrainerLightMUNetTNoScan": "nnUNetTrainerLightMUNetT",
@@ -56,17 +56,18 @@ def test_a_pixel_sees_its_neighbours_alone_without_the_scan():
     torch.testing.assert_close(block(x), expected)
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_a_twin_is_trained_as_its_network_and_differs_in_one_setting(name):
-    twin, network = find_trainer(name), find_trainer(TWINS[name])
-    differing = {k for k, v in twin.network_kwargs.items() if network.network_kwargs.get(k) != v}
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_is_trained_as_its_network_and_differs_in_one_setting(name):
+    ablation, network = find_trainer(name), find_trainer(ABLATIONS[name])
+    differing = {k for k, v in ablation.network_kwargs.items() if network.network_kwargs.get(k) != v}
     assert differing == ({"kernel_sizes"} if "SingleKernel" in name else {"scan"})
-    for key in ("network_name", "n_downsamplings", "deep_supervision", "configure_optimizers", "train_step"):
-        assert getattr(twin, key) is getattr(network, key)
+    recipe = ("initial_lr", "weight_decay", "optimizer_class", "optimizer_kwargs", "schedule", "clip_norm")
+    for key in ("network_name", "n_downsamplings", "deep_supervision", "configure_optimizers", "train_step", *recipe):
+        assert getattr(ablation, key) is getattr(network, key)
     setting = patch_setting([32, 32], 1, 2)
     configuration = PlansManager(setting.plans).get_configuration("free")
     with torch.device("meta"):
-        built = [trainer.trained_network(configuration, 1, 2) for trainer in (twin, network)]
+        built = [trainer.trained_network(configuration, 1, 2) for trainer in (ablation, network)]
     states = [{key: tensor.shape for key, tensor in n.state_dict().items()} for n in built]
     assert set(states[0]) < set(states[1])
 
