@@ -68,11 +68,7 @@ class TestPredictionNetwork:
 
 def ulite(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    network = create_network("ulite", spatial_dims=2, input_channels=1, num_classes=2, channels=(4, 8, 8, 16))
-    for key, tensor in network.state_dict().items():
-        if key.endswith(("norm.weight", "running_var")):
-            tensor.uniform_(0.5, 2.0)
-    return network.eval()
+    return trained("ulite").eval()
 
 
 @pytest.fixture
@@ -97,7 +93,7 @@ def test_a_copy_is_prepared_once_for_each_fold_and_not_again_for_each_case(prepa
     network = network.to("cpu").eval()
     assert prepared == []
     for case in range(3):
-        x = torch.randn(1, 1, 32, 40)
+        x = torch.randn(1, 2, 32, 40)
         for fold, state in zip(folds, states, strict=True):
             network.load_state_dict(state)
             network = network.to("cpu")
@@ -109,7 +105,7 @@ def test_a_copy_is_prepared_once_for_each_fold_and_not_again_for_each_case(prepa
 
 def test_changed_weights_are_seen(prepared: list[nn.Module]) -> None:
     fold = ulite(1)
-    network, x = PredictionNetwork(ulite(2)).eval(), torch.randn(1, 1, 32, 32)
+    network, x = PredictionNetwork(ulite(2)).eval(), torch.randn(1, 2, 32, 32)
     for _ in range(2):  # the same tensors, changed in place
         network.load_state_dict(fold.state_dict())
         with torch.no_grad():
@@ -121,7 +117,7 @@ def test_changed_weights_are_seen(prepared: list[nn.Module]) -> None:
 
 def test_weights_that_come_and_go_are_not_mistaken_for_each_other() -> None:
     """Freed tensors leave their identity to others."""
-    network, x = PredictionNetwork(ulite(99)).eval(), torch.randn(1, 1, 32, 32)
+    network, x = PredictionNetwork(ulite(99)).eval(), torch.randn(1, 2, 32, 32)
     for seed in range(12):
         network.load_state_dict({key: tensor.clone() for key, tensor in ulite(seed).state_dict().items()})
         with torch.no_grad():
@@ -134,7 +130,7 @@ def test_another_dtype_or_device_is_prepared_anew(prepared: list[nn.Module]) -> 
     state = fold.state_dict()
     network = PredictionNetwork(ulite(2)).eval()
     network.load_state_dict(state)
-    x = torch.randn(1, 1, 32, 32)
+    x = torch.randn(1, 2, 32, 32)
     with torch.no_grad():
         network(x)
         network.to(torch.float64)
@@ -143,9 +139,9 @@ def test_another_dtype_or_device_is_prepared_anew(prepared: list[nn.Module]) -> 
 
 
 def test_what_is_prepared_in_inference_mode_serves_outside_of_it() -> None:
-    network, x = PredictionNetwork(ulite(1)).eval(), torch.randn(1, 1, 32, 32, requires_grad=True)
+    network, x = PredictionNetwork(ulite(1)).eval(), torch.randn(1, 2, 32, 32, requires_grad=True)
     with torch.inference_mode():
-        network(torch.randn(1, 1, 32, 32))
+        network(torch.randn(1, 2, 32, 32))
     network(x).sum().backward()
     assert x.grad is not None
 
@@ -153,7 +149,7 @@ def test_what_is_prepared_in_inference_mode_serves_outside_of_it() -> None:
 def test_compiled_it_predicts_the_same_for_each_fold() -> None:
     folds = [ulite(seed) for seed in range(2)]
     network = PredictionNetwork(ulite(9)).eval()
-    compiled, x = torch.compile(network, backend="aot_eager"), torch.randn(1, 1, 32, 32)
+    compiled, x = torch.compile(network, backend="aot_eager"), torch.randn(1, 2, 32, 32)
     for fold in [*folds, *folds]:
         compiled._orig_mod.load_state_dict(fold.state_dict())  # as the predictor does
         with torch.inference_mode():
