@@ -26,6 +26,8 @@ from nnunetv2_lightnets.trainers import find_trainer
 CPU = torch.device("cpu")
 GB = 2**30
 
+QUICK = ("lightm_unet", "ulite", "ultralight_unet")  # the others are estimated in the slow tests
+
 
 @pytest.fixture
 def made() -> Iterator[Callable[..., Any]]:
@@ -104,7 +106,10 @@ def test_the_trainer_is_left_as_it_is(made: Callable[..., Any]) -> None:
     assert all(torch.equal(tensor, weights[key]) for key, tensor in trainer.network.state_dict().items())
 
 
-@pytest.mark.parametrize("network", list_networks(2))
+@pytest.mark.parametrize(
+    "network",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in list_networks(2)],
+)
 def test_every_network_can_be_estimated_and_as_the_planner_does(network: str, made: Callable[..., Any]) -> None:
     name = next(name for name in TRAINERS if getattr(find_trainer(name), "network_name", None) == network)
     trainer_class = find_trainer(name)

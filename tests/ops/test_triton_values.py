@@ -113,7 +113,15 @@ def test_directional_scan_larger(interpreter: TritonProcess, case: dict[str, Any
     _check(interpreter("scan_errors", kind="directional", **case), case.get("dtype", "float64"))
 
 
-@pytest.mark.parametrize("case", [{"cut": 1}, {"cut": 64}, {"cut": 71, "programs": 1}, {"cut": 129}])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"cut": 71, "programs": 1},
+        {"cut": 129},
+        pytest.param({"cut": 1}, marks=pytest.mark.slow),
+        pytest.param({"cut": 64}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_sequence_in_two_parts(interpreter: TritonProcess, case: dict[str, Any]) -> None:
     sizes = {"batch": 1, "channels": 3, "length": 130, "states": 2}
     _check(interpreter("cut_errors", **sizes, **case), "float64")
