@@ -441,3 +441,16 @@ def test_the_table_of_networks_counts_what_each_trainer_builds_from_the_plans(mo
     assert rows["nnUNetTrainerSlimUNetULite"][1] == "PlainConvUNet"
     slim, light = (float(rows[name][-1]) for name in names[1::-1])
     assert slim == pytest.approx(light, abs=0.01)
+
+
+def test_the_table_of_networks_counts_the_memory_of_a_training_step(monkeypatch):
+    from nnunetv2_lightnets.nnunet.memory import training_memory
+    from nnunetv2_lightnets.trainers import find_trainer
+
+    monkeypatch.setattr(networks_table, "fitting_trainers", lambda dims: ["nnUNetTrainerULite"])
+    _, head, line = networks_table.table([128, 128], 1, 3, memory=True)
+    assert head.split()[-1] == "GB"
+    bytes_ = training_memory(find_trainer("nnUNetTrainerULite"), patch_setting([128, 128], 1, 3), 2).total
+    assert line.split()[-1] == f"{bytes_ / 1e9:.2f}"
+    assert 0.02 < bytes_ / 1e9 < 0.5
+    assert len(head) == len(line)
