@@ -18,6 +18,7 @@ SCRIPTS = (  # each has tables()
     "network_costs",
     "networks_cpu",
     "overview",
+    "page_faults",
     "plans",
     "selective_scan",
     "statistics_checks",

@@ -45,7 +45,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         LightNetsError: there is none; the message ends with ``remedy``.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except FileNotFoundError as error:
         raise LightNetsError(f"{file} does not exist; {remedy}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
