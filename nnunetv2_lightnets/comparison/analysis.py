@@ -80,33 +80,20 @@ def _scores(
     results: Sequence[Result], cases: Sequence[str], metric: str, empty: Empty
 ) -> tuple[dict[Structure, NDArray[np.float64]], NDArray[np.float64]]:
     """Scores (cases, results) of each structure, and their mean over structures; NaN where nothing is scored."""
-    values = {s: _values(results, cases, metric, s, empty) for s in results[0].structures}
-    return values, _nanmean(np.stack(list(values.values())))  # (structures, cases, results) -> (cases, results)
 
+    def score(scores: Mapping[str, float]) -> float:
+        if scores["n_ref"]:
+            return scores[metric]
+        if empty == "one":
+            return 0.0 if scores["n_pred"] else 1.0
+        return np.nan
 
-def _values(
-    results: Sequence[Result], cases: Sequence[str], metric: str, structure: Structure, empty: Empty
-) -> NDArray[np.float64]:
-    """Scores (cases, results) of one structure; NaN where the reference has none of it and such cases are dropped."""
-    values = np.empty((len(cases), len(results)))
-    for i, case in enumerate(cases):
-        for j, result in enumerate(results):
-            scores = result.cases[case].metrics[structure]
-            if scores["n_ref"]:
-                values[i, j] = scores[metric]
-            elif empty == "one":
-                values[i, j] = 0.0 if scores["n_pred"] else 1.0
-            else:
-                values[i, j] = np.nan
-    return values
-
-
-def _nanmean(stacked: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the first axis of what is not NaN; NaN where nothing is."""
-    there = ~np.isnan(stacked)
-    count = there.sum(axis=0)
-    total = np.where(there, stacked, 0.0).sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    values = {
+        s: np.array([[score(result.cases[case].metrics[s]) for result in results] for case in cases])
+        for s in results[0].structures
+    }
+    stacked = np.stack(list(values.values()))  # (structures, cases, results)
+    return values, np.ma.masked_invalid(stacked).mean(axis=0).filled(np.nan)
 
 
 def _table(
@@ -178,16 +165,9 @@ def _false_positives(results: Sequence[Result], cases: Sequence[str]) -> list[Fa
     found = []
     for structure, title in structure_titles(results).items():
         empty = [case for case in cases if results[0].cases[case].metrics[structure]["n_ref"] == 0]
-        if empty:
-            found += [
-                FalsePositives(
-                    result.name,
-                    title,
-                    len(empty),
-                    sum(result.cases[case].metrics[structure]["n_pred"] > 0 for case in empty),
-                )
-                for result in results
-            ]
+        for result in results if empty else ():
+            predicted = sum(result.cases[case].metrics[structure]["n_pred"] > 0 for case in empty)
+            found.append(FalsePositives(result.name, title, len(empty), predicted))
     return found
 
 

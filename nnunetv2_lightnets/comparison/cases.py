@@ -17,21 +17,13 @@ _SHOWN = 5  # names in an error message
 
 @dataclass
 class Case:
-    """The scores of one case.
+    """The scores of one case."""
 
-    Attributes:
-        name: file name without its ending.
-        fold: the fold whose network predicted it, or None where the folder does not say.
-        reference: file of the reference segmentation.
-        prediction: file of the prediction.
-        metrics: for each structure the metrics by name, e.g. ``metrics[(1,)]["Dice"]``; NaN where undefined.
-    """
-
-    name: str
-    fold: str | None
-    reference: Path
+    name: str  # of its files, without their ending
+    fold: str | None  # whose network predicted it, or None where the folder does not say
+    reference: Path  # segmentation
     prediction: Path
-    metrics: dict[Structure, dict[str, float]]
+    metrics: dict[Structure, dict[str, float]]  # by name, as in metrics[(1,)]["Dice"]; NaN where undefined
 
 
 @dataclass

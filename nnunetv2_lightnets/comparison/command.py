@@ -14,52 +14,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare trained networks on the same cases: means with 95 % intervals, paired differences, Wilcoxon's test "
         "with Holm's correction, ranks, non-inferiority, worst cases. Writes an HTML page, Markdown, LaTeX, CSV, JSON."
     )
-    parser.add_argument(
-        "results",
-        nargs="+",
-        metavar="[NAME=]FOLDER",
-        help="two or more: trainer folder, fold folder, folder with summary.json, or folder of predictions (with "
-        "-gt); the first is the reference that the others are compared with",
-    )
+    parser.add_argument("results", nargs="+", metavar="[NAME=]FOLDER",
+                        help="two or more: trainer folder, fold folder, folder with summary.json, or folder of "
+                        "predictions (with -gt); the first is the reference that the others are compared "
+                        "with")  # fmt: skip
     parser.add_argument("--reference", metavar="NAME", help="another result than the first as the reference")
     parser.add_argument("-o", type=Path, default=Path("compare"), metavar="FOLDER", help="output (default: ./compare)")
-    parser.add_argument(
-        "-f", nargs="+", default=None, metavar="FOLD", help="folds to read from trainer folders (default: all held out)"
-    )
+    parser.add_argument("-f", nargs="+", metavar="FOLD",
+                        help="folds to read from trainer folders (default: all held out)")  # fmt: skip
     parser.add_argument("-gt", type=Path, metavar="FOLDER", help="reference segmentations, for folders of predictions")
     parser.add_argument("-djfile", type=Path, metavar="FILE", help="dataset.json, where none is found beside the files")
-    parser.add_argument(
-        "--chill", action="store_true", help="as in nnU-Net: labels without a prediction are not an error"
-    )
+    parser.add_argument("--chill", action="store_true",
+                        help="as in nnU-Net: labels without a prediction are not an error")  # fmt: skip
     parser.add_argument("-images", type=Path, metavar="FOLDER", help="images for the pictures of the worst cases")
-    parser.add_argument(
-        "--metrics", nargs="+", default=["Dice"], metavar="METRIC", help="from summary.json: Dice, IoU (default: Dice)"
-    )
-    parser.add_argument(
-        "--nsd",
-        type=float,
-        metavar="MM",
-        help="also normalised surface Dice at this tolerance, in pixels for pictures (needs the predictions)",
-    )
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=0.01,
-        help="loss that still counts as non-inferior; decide it before you look (default: 0.01, one Dice point)",
-    )
-    parser.add_argument(
-        "--empty",
-        choices=("drop", "one"),
-        default="drop",
-        help="cases whose reference lacks a structure: drop them for it (default), or count 1 if the prediction lacks "
-        "it, too, else 0",
-    )
-    parser.add_argument(
-        "--subjects",
-        type=Path,
-        metavar="FILE",
-        help="CSV (columns case, subject) or JSON: average the cases of a subject first, for repeated scans",
-    )
+    parser.add_argument("--metrics", nargs="+", default=["Dice"], metavar="METRIC",
+                        help="from summary.json: Dice, IoU (default: Dice)")  # fmt: skip
+    parser.add_argument("--nsd", type=float, metavar="MM",
+                        help="also normalised surface Dice at this tolerance, in pixels for pictures (needs the "
+                        "predictions)")  # fmt: skip
+    parser.add_argument("--margin", type=float, default=0.01,
+                        help="loss that still counts as non-inferior; decide it before you look (default: 0.01, one "
+                        "Dice point)")  # fmt: skip
+    parser.add_argument("--empty", choices=("drop", "one"), default="drop",
+                        help="cases whose reference lacks a structure: drop them for it (default), or count 1 if the "
+                        "prediction lacks it, too, else 0")  # fmt: skip
+    parser.add_argument("--subjects", type=Path, metavar="FILE",
+                        help="CSV (columns case, subject) or JSON: average the cases of a subject first, for repeated "
+                        "scans")  # fmt: skip
     parser.add_argument("--worst", type=int, default=3, metavar="N", help="worst cases shown per result (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.add_argument("-np", type=int, default=None, metavar="N", help="worker processes (default: nnU-Net's)")

@@ -10,11 +10,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 
 
 def check_comparable(results: Sequence[Result], metrics: Sequence[str]) -> None:
-    """Refuse results that were not scored on the same cases, structures, metrics and labels.
-
-    Raises:
-        LightNetsError: names what is missing, where.
-    """
+    """Refuse, by a LightNetsError, results not scored on the same cases, structures, metrics and labels."""
     first = results[0]
     for other in results[1:]:
         _check_cases_and_structures(first, other)

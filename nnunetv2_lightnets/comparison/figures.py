@@ -6,6 +6,7 @@ All take the tables of a comparison, and ``labels``: what to call each result in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,15 +24,10 @@ _MARGINS_SHOWN = 8  # either side of 0, in a chart whose largest difference is m
 
 
 def forest(tables: Sequence[Table], labels: Mapping[str, str], margin: float) -> Figure:
-    """Mean paired differences from the reference result with 95 % intervals, and the margin as a line.
+    """Mean paired differences from the reference result with 95 % intervals, and the non-inferiority margin as a line.
 
-    The axis keeps to the neighbourhood of the margin, in which the question is decided: arrows with numbers stand for
-    differences that lie far beyond it.
-
-    Args:
-        tables: of one metric; each becomes a group of rows.
-        labels: by the results' names.
-        margin: of non-inferiority.
+    Each table, all of one metric, becomes a group of rows. The axis keeps to the neighbourhood of the margin, in which
+    the question is decided: arrows with numbers stand for differences that lie far beyond it.
     """
     several = len(tables[0].differences) > 1
     rows = len(tables) * (len(tables[0].differences) + several)
@@ -50,17 +46,8 @@ def forest(tables: Sequence[Table], labels: Mapping[str, str], margin: float) ->
             y += 1
     axes.axvline(0, color="black", lw=0.9, zorder=0)
     axes.axvline(-margin, color=GREY, lw=0.9, ls="--", zorder=0)
-    axes.annotate(
-        f"margin −{margin:g}",
-        (-margin, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        color=GREY,
-        fontsize=8,
-    )
+    above = {"xycoords": ("data", "axes fraction"), "va": "bottom", "color": GREY}
+    _write(axes, f"margin −{margin:g}", (-margin, 1), (0, 2), **above)
     axes.set_yticks([position for position, _ in ticks], [label for _, label in ticks])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(y - 0.4, -0.6)
@@ -75,8 +62,8 @@ def forest(tables: Sequence[Table], labels: Mapping[str, str], margin: float) ->
 def _shown(tables: Sequence[Table], margin: float) -> tuple[float, float]:
     """Ends of the axis of differences: all of them, or a neighbourhood of the margin where some are far away."""
     ends = [d.mean for table in tables for d in table.differences]
-    for d in (d for table in tables for d in table.differences):
-        ends += [] if d.interval is None else [d.interval.low, d.interval.high]
+    intervals = [d.interval for table in tables for d in table.differences if d.interval]
+    ends += [end for interval in intervals for end in (interval.low, interval.high)]
     low, high = min(*ends, -margin), max(*ends, 0.0)
     around = _MARGINS_SHOWN * margin
     return (-around if low < -2 * around else low), (around if high > 2 * around else high)
@@ -91,18 +78,17 @@ def _difference(axes: Axes, difference: Difference, index: int, y: float, low: f
             axes.plot(end, y, arrow, color=colour, ms=5.5)
     if not low <= difference.mean <= high:
         left = difference.mean < low
-        axes.annotate(
-            signed(difference.mean, 2),
-            (low if left else high, y),
-            xytext=(7 if left else -7, 0),
-            textcoords="offset points",
-            ha="left" if left else "right",
-            va="center",
-            fontsize=8,
-        )
+        end, offset, aligned = (low, 7, "left") if left else (high, -7, "right")
+        _write(axes, signed(difference.mean, 2), (end, y), (offset, 0), ha=aligned)
         return
     axes.plot(np.clip([interval.low, interval.high], low, high), [y, y], color=colour, lw=1.8)
     axes.plot(difference.mean, y, marker, color=colour, ms=5.5)
+
+
+def _write(axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], **how: Any) -> None:
+    """Small text, ``offset`` points away from a place."""
+    aligned: dict[str, Any] = {"ha": "center", "va": "center"}
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=8, **aligned | how)
 
 
 def spread(table: Table, labels: Mapping[str, str]) -> Figure:
@@ -110,8 +96,7 @@ def spread(table: Table, labels: Mapping[str, str]) -> Figure:
     names = [labels[score.result] for score in table.scores]
     figure, axes = axes_of(WIDTH, 0.9 + 0.5 * len(names))
     rng = np.random.default_rng(0)
-    for j in range(len(names)):
-        values = table.values[:, j]
+    for j, values in enumerate(table.values.T):
         colour, marker = series(j)
         jitter = rng.uniform(-0.22, 0.22, len(values))
         many = len(values) > _MANY_POINTS
@@ -155,16 +140,7 @@ def case_against_case(table: Table, index: int, labels: Mapping[str, str]) -> Fi
     axes.plot(x, y, marker, color=colour, ms=4, alpha=0.55, mew=0, rasterized=len(x) > _MANY_POINTS)
     for place, (i, offset) in enumerate(zip(worst_units(table, index), _BESIDE, strict=False), start=1):
         axes.plot(x[i], y[i], "o", ms=9, mfc="none", mec=GREY, mew=0.9)
-        axes.annotate(
-            str(place),
-            (x[i], y[i]),
-            xytext=offset,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=8,
-            path_effects=HALO,
-        )
+        _write(axes, str(place), (x[i], y[i]), offset, path_effects=HALO)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.spines["left"].set_visible(True)
     axes.locator_params(nbins=5)

@@ -13,30 +13,20 @@ from nnunetv2_lightnets.comparison.cases import Result, Structure, structure_lab
 from nnunetv2_lightnets.comparison.statistics import RESAMPLES, Interval
 
 LEVEL = 0.05  # of every test
+# A structure that is not in the reference: the case is left out for it, or counts 1 if the prediction has none either.
 Empty = Literal["drop", "one"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user decided before looking at the numbers.
+    """What the user decided before looking at the numbers."""
 
-    Attributes:
-        metrics: metrics to compare, the first is the main one.
-        margin: loss of the mean that still counts as non-inferior, in units of the metrics (0.01 is one Dice point).
-        empty: what a structure counts that is not in the reference: ``drop`` leaves the case out for this structure,
-            ``one`` counts 1 where the prediction has none either, else 0.
-        nsd_tolerance: where NSD is among the metrics.
-        nsd_unit: of the tolerance, ``mm`` or ``px``.
-        seed: of all resampling.
-        resamples: bootstrap samples.
-    """
-
-    metrics: tuple[str, ...] = ("Dice",)
-    margin: float = 0.01
+    metrics: tuple[str, ...] = ("Dice",)  # the first is the main one
+    margin: float = 0.01  # loss of the mean that still counts as non-inferior, in units of the metrics
     empty: Empty = "drop"
-    nsd_tolerance: float | None = None
-    nsd_unit: str = "mm"
-    seed: int = 0
+    nsd_tolerance: float | None = None  # where NSD is among the metrics
+    nsd_unit: str = "mm"  # or "px"
+    seed: int = 0  # of all resampling
     resamples: int = RESAMPLES
 
 

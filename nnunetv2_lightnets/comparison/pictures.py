@@ -14,13 +14,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from nnunetv2_lightnets.comparison.cases import Result, Structure
-from nnunetv2_lightnets.comparison.volumes import (
-    image_file,
-    read_image,
-    read_segmentation,
-    reference_file,
-    structure_mask,
-)
+from nnunetv2_lightnets.comparison.volumes import image_file, read_image, read_segmentation
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.pages.figures import COLOURS, WIDTH
 from nnunetv2_lightnets.pages.names import short
@@ -47,17 +41,17 @@ def case_picture(
 
     Args:
         panels: the results to show side by side, by what to call each.
-        case: name of the case.
-        titles: name of each structure.
-        labels: folder of reference segmentations; None takes those that nnU-Net scored against.
-        images: folder of images; None looks where nnU-Net keeps them.
+        case: its name.
+        titles: of the structures.
+        labels: see :func:`nnunetv2_lightnets.comparison.report.write_report`.
+        images: as well.
 
     Raises:
         LightNetsError: a file is gone or cannot be read.
     """
     results = list(panels.values())
     cases = [result.cases[case] for result in results]
-    file = reference_file(cases[0], labels)
+    file = cases[0].reference if labels is None else labels / cases[0].prediction.name
     for needed in (file, *(c.prediction for c in cases)):
         if not needed.is_file():
             raise LightNetsError(f"no picture of {case}: {needed} is gone")
@@ -82,16 +76,13 @@ def case_picture(
     for axes, label, prediction in zip(side_by_side, panels, predictions, strict=True):
         axes.imshow(image[rows, columns], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for structure in titles:
-            _contour(
-                axes, structure_mask(reference[rows, columns], structure), _REFERENCE, 2.6, "solid", path_effects=_EDGE
-            )
+            mask = np.isin(reference[rows, columns], structure)
+            _contour(axes, mask, _REFERENCE, 2.6, "solid", path_effects=_EDGE)
         for j, structure in enumerate(titles):
-            _contour(axes, structure_mask(prediction[rows, columns], structure), *_line(j))
+            _contour(axes, np.isin(prediction[rows, columns], structure), *_line(j))
         axes.set_title(short(label, 22), fontsize=9)
-        axes.set_aspect(spacing[0] / spacing[1])
-        axes.set(xticks=[], yticks=[])
-        axes.set_facecolor("black")
-    shown = [(j, s) for j, s in enumerate(titles) if any(structure_mask(a, s).any() for a in (reference, *predictions))]
+        axes.set(aspect=spacing[0] / spacing[1], xticks=[], yticks=[], facecolor="black")
+    shown = [(j, s) for j, s in enumerate(titles) if any(np.isin(a, s).any() for a in (reference, *predictions))]
     handles = [Line2D([], [], color=_line(j)[0], lw=2, ls=_line(j)[2], label=short(titles[s])) for j, s in shown]
     handles.insert(0, Line2D([], [], color=_REFERENCE, lw=2.2, label="reference", path_effects=_EDGE))
     figure.legend(
@@ -107,17 +98,14 @@ def _worst_slice(
     wrong = np.zeros(len(reference), int)
     scored = np.ones(reference.shape, bool) if ignore_label is None else reference != ignore_label
     for structure in structures:
-        mistaken = (structure_mask(reference, structure) != structure_mask(prediction, structure)) & scored
-        wrong += mistaken.sum(axis=(1, 2))
+        mistaken = np.isin(reference, structure) != np.isin(prediction, structure)
+        wrong += (mistaken & scored).sum(axis=(1, 2))
     return int(wrong.argmax())
 
 
 def _window(maps: Sequence[NDArray[Any]], structures: dict[Structure, str]) -> tuple[slice, slice]:
     """Rows and columns that hold every structure in every map, with some context."""
-    there = np.zeros(maps[0].shape, bool)
-    for array in maps:
-        for structure in structures:
-            there |= structure_mask(array, structure)
+    there = np.any(np.isin(np.stack(maps), [label for structure in structures for label in structure]), axis=0)
     if not there.any():
         return slice(None), slice(None)
     bounds = []

@@ -18,14 +18,13 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.pages.figures import png, svg
 from nnunetv2_lightnets.pages.names import Names, page_names
 from nnunetv2_lightnets.pages.render import template, write_files
-from nnunetv2_lightnets.pages.tables import csv_text
-from nnunetv2_lightnets.pages.text import MINUS, NOTHING, markdown, number, signed
+from nnunetv2_lightnets.pages.text import MINUS, NOTHING, csv_text, markdown, number, signed
 
 
 def write_report(
     comparison: Comparison, folder: Path, *, labels: Path | None = None, images: Path | None = None
 ) -> list[Path]:
-    """Write ``compare.html``, ``.md``, ``.tex``, ``.csv``, ``.json`` and ``compare_cases.csv``.
+    """Write ``compare.html``, ``.md``, ``.tex``, ``.csv``, ``.json`` and ``compare_cases.csv``; returns the files.
 
     Results have their labels on the page and in titles, their full names in everything that is data.
 
@@ -34,9 +33,6 @@ def write_report(
         folder: made if it is not there; files of an earlier comparison are replaced.
         labels: folder of reference segmentations for pictures; None takes those that nnU-Net scored against.
         images: folder of images for pictures; None looks where nnU-Net keeps them.
-
-    Returns:
-        The files, the page first.
     """
     names = page_names(comparison.names)
     return write_files(
@@ -61,15 +57,8 @@ def _latex(text: str) -> str:
 def _render(
     name: str, comparison: Comparison, names: Names, *, escape: Callable[[str], str] | None, **more: Any
 ) -> str:
-    filters: dict[str, Callable[..., str]] = {
-        "number": number,
-        "signed": signed,
-        "p": p_value,
-        "interval": interval,
-        "share": share,
-        "signed_interval": lambda bounds: interval(bounds, signed),
-        "label": names.label,
-    }
+    filters: dict[str, Callable[..., str]] = {f.__name__: f for f in (number, signed, interval, share)}
+    filters |= {"p": p_value, "label": names.label, "signed_interval": lambda bounds: interval(bounds, signed)}
     return template("nnunetv2_lightnets.comparison", name, filters, escape).render(
         c=comparison,
         s=comparison.settings,

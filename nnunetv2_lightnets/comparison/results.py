@@ -57,21 +57,18 @@ def read_results(
         LightNetsError: a folder cannot be read, or two results have the same name or are the same folder.
     """
     named = [split_name(argument) for argument in arguments]
-    folders: dict[Path, str] = {}
+    before: dict[Path, str] = {}
     for argument, (_, folder) in zip(arguments, named, strict=True):
         if not folder.exists():
             raise LightNetsError(f"{folder} does not exist; give an nnU-Net result folder as FOLDER or NAME=FOLDER")
-        if folder.resolve() in folders:
-            raise LightNetsError(
-                f"{folders[folder.resolve()]} and {argument} are the same folder; compare different ones"
-            )
-        folders[folder.resolve()] = argument
-    names = _names(named)
+        if (same := before.get(folder.resolve())) is not None:
+            raise LightNetsError(f"{same} and {argument} are the same folder; compare different ones")
+        before[folder.resolve()] = argument
     return [
         read_result(
             folder, name, folds=folds, labels=labels, dataset_json=dataset_json, chill=chill, processes=processes
         )
-        for name, (_, folder) in zip(names, named, strict=True)
+        for name, (_, folder) in zip(_names(named), named, strict=True)
     ]
 
 
@@ -79,14 +76,11 @@ def _names(named: Sequence[tuple[str | None, Path]]) -> list[str]:
     """One name for each folder: the user's, else the trainer's, else trainer, plans and configuration, else refuse."""
     short, long = [], []
     for name, folder in named:
-        parts = [folder.resolve(), *folder.resolve().parents]
-        if parts[0].name == SUMMARY:
-            parts = parts[1:]
-        while parts[0].name == "validation" or _FOLD_FOLDER.match(parts[0].name):
-            parts = parts[1:]
-        trainer = _TRAINER_FOLDER.match(parts[0].name)
-        short.append(name or (trainer["trainer"] if trainer else parts[0].name))
-        long.append(name or parts[0].name)
+        parts = reversed(folder.resolve().parts)
+        place = next(part for part in parts if part not in (SUMMARY, "validation") and not _FOLD_FOLDER.match(part))
+        trainer = _TRAINER_FOLDER.match(place)
+        short.append(name or (trainer["trainer"] if trainer else place))
+        long.append(name or place)
     names = [s if short.count(s) == 1 else full for s, full in zip(short, long, strict=True)]
     for name in names:
         if names.count(name) > 1:
@@ -107,8 +101,8 @@ def read_result(
     """Read one result; arguments as in :func:`read_results`."""
     description = _read_dataset_json(folder, dataset_json, labels)
     sources = _summaries(folder, folds)
+    cases: dict[str, Case] = {}
     if sources:
-        cases: dict[str, Case] = {}
         for fold, file in sources:
             for case in read_summary(file, fold):
                 if case.name in cases:
@@ -123,16 +117,10 @@ def read_result(
             "add -gt LABELS_FOLDER"
         )
     else:
-        cases = {
-            case_name(path): Case(
-                case_name(path),
-                _fold_of(path),
-                labels / path.name,
-                path,
-                checked_metrics(metrics, f"{folder}, {path.name}"),
-            )
-            for path, metrics in score_folder(folder, labels, description, chill=chill, processes=processes).items()
-        }
+        for path, scores in score_folder(folder, labels, description, chill=chill, processes=processes).items():
+            metrics = checked_metrics(scores, f"{folder}, {path.name}")
+            case = Case(case_name(path), _fold_of(path), labels / path.name, path, metrics)
+            cases[case.name] = case
     structures = structures_of(name, cases.values())
     return Result(name, folder, cases, structures, description, _budgets([file for _, file in sources]))
 
@@ -144,14 +132,14 @@ def _summaries(folder: Path, folds: Sequence[str] | None) -> list[tuple[str | No
             raise LightNetsError(f"{folder} is no folder and no {SUMMARY}; give an nnU-Net result folder")
         return [(_fold_of(folder), folder)]
     found = {
-        match["fold"]: path
+        match["fold"]: path / "validation" / SUMMARY
         for path in folder.iterdir()
-        if (match := _FOLD_FOLDER.match(path.name)) and (path / "validation" / SUMMARY).is_file()
+        if (match := _FOLD_FOLDER.match(path.name))
     }
-    if any(_FOLD_FOLDER.match(path.name) for path in folder.iterdir()):
-        if folds is None:
-            found.pop("all", None)  # trained on the cases that it validates on
-            folds = sorted(found, key=int)
+    if found:
+        found = {fold: file for fold, file in found.items() if file.is_file()}
+        if folds is None:  # fold_all was trained on the cases that it validates on
+            folds = sorted(found.keys() - {"all"}, key=int)
         for fold in folds:
             if fold not in found:
                 raise LightNetsError(
@@ -163,7 +151,7 @@ def _summaries(folder: Path, folds: Sequence[str] | None) -> list[tuple[str | No
                 f"{folder} has no fold_*/validation/{SUMMARY} of a fold that was held out; finish a fold with "
                 "nnUNetv2_train ... --val"
             )
-        return [(fold, found[fold] / "validation" / SUMMARY) for fold in folds]
+        return [(fold, found[fold]) for fold in folds]
     for file in (folder / SUMMARY, folder / "validation" / SUMMARY):
         if file.is_file():
             return [(_fold_of(file), file)]
@@ -172,10 +160,8 @@ def _summaries(folder: Path, folds: Sequence[str] | None) -> list[tuple[str | No
 
 def _fold_of(file: Path) -> str | None:
     """The fold in a path, or None."""
-    for part in (folder.name for folder in file.resolve().parents):
-        if match := _FOLD_FOLDER.match(part):
-            return match["fold"]
-    return None
+    matches = (_FOLD_FOLDER.match(folder.name) for folder in file.resolve().parents)
+    return next((match["fold"] for match in matches if match), None)
 
 
 def _read_dataset_json(folder: Path, given: Path | None, labels: Path | None) -> dict[str, Any]:
@@ -185,11 +171,8 @@ def _read_dataset_json(folder: Path, given: Path | None, labels: Path | None) ->
         if not isinstance(content.get("labels"), dict):
             raise LightNetsError(f"-djfile {given} declares no labels; give the data set's dataset.json")
         return content
-    places = [folder, *folder.resolve().parents[:3]]
-    if labels is not None:
-        places += [labels, labels.resolve().parent]
-    for place in places:
-        file = place / "dataset.json"
+    places = [folder, *folder.resolve().parents[:3], *([] if labels is None else [labels, labels.resolve().parent])]
+    for file in (place / "dataset.json" for place in places):
         if file.is_file():
             content = read_json(file, "restore it from the raw data set, or give another with -djfile")
             if isinstance(content.get("labels"), dict):
@@ -206,10 +189,8 @@ def _budgets(summaries: Sequence[Path]) -> tuple[str, ...]:
             numbers = [int(noted[key]) for key in ("num_epochs", "num_iterations_per_epoch", "batch_size")]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        budget = "{} epochs x {} iterations, batch {}".format(*numbers)
-        if budget not in budgets:
-            budgets.append(budget)
-    return tuple(budgets)
+        budgets.append("{} epochs x {} iterations, batch {}".format(*numbers))
+    return tuple(dict.fromkeys(budgets))
 
 
 def read_subjects(file: Path) -> dict[str, str]:

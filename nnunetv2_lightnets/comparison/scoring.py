@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunetv2_lightnets.comparison.cases import Result, Structure, case_name, listed, structure_label
-from nnunetv2_lightnets.comparison.volumes import read_segmentation, reader, reference_file, structure_mask
+from nnunetv2_lightnets.comparison.volumes import read_segmentation, reader
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import last_line
 
@@ -49,8 +49,7 @@ def for_each_case(
             left = (time.perf_counter() - start) / (len(done) - 1) * (len(jobs) - len(done))
             if processes > 1 and left > _WORTH_WORKERS:
                 break
-        rest = jobs[len(done) :]
-        if rest:
+        if rest := jobs[len(done) :]:
             with ProcessPoolExecutor(min(processes, len(rest)), multiprocessing.get_context("spawn")) as pool:
                 for result in pool.map(function, *zip(*rest, strict=True)):
                     done.append(result)
@@ -63,15 +62,9 @@ def score_folder(
 ) -> dict[Path, dict[str, Any]]:
     """Score a folder of predictions with nnU-Net's own evaluation; nothing is written.
 
-    Args:
-        folder: predictions.
-        labels: reference segmentations with the same file names.
-        description: dataset.json, which says what the labels are.
-        chill: as in nnU-Net: a label without a prediction is not an error.
-        processes: worker processes.
-
-    Returns:
-        For each prediction what summary.json would hold under ``metrics``.
+    ``labels`` holds the reference segmentations, with the same file names; ``description`` is dataset.json's content.
+    As in nnU-Net, ``chill`` accepts labels without a prediction. Returns for each prediction what summary.json would
+    hold under ``metrics``.
 
     Raises:
         LightNetsError: files are missing, unreadable or of different shapes.
@@ -85,16 +78,15 @@ def score_folder(
             f"no dataset.json beside {folder} or {labels}, so its labels are unknown; give it with -djfile"
         )
     ending = str(description.get("file_ending", ".nii.gz"))
-    predictions = sorted(folder.glob(f"*{ending}"))
+    predictions = {path.name: path for path in sorted(folder.glob(f"*{ending}"))}
     if not predictions:
         raise LightNetsError(
             f"{folder} holds no summary.json and no predictions *{ending}; give an nnU-Net result folder"
         )
     labelled = {path.name for path in labels.glob(f"*{ending}")}
-    if unknown := [path.name for path in predictions if path.name not in labelled]:
+    if unknown := [name for name in predictions if name not in labelled]:
         raise LightNetsError(f"{folder}: no label in {labels} for {listed(unknown)}; give their labels with -gt")
-    missing = sorted(labelled - {path.name for path in predictions})
-    if missing and not chill:
+    if (missing := sorted(labelled - set(predictions))) and not chill:
         raise LightNetsError(
             f"{folder}: no prediction for {listed(case_name(m) for m in missing)} of {labels}; predict them, or add "
             "--chill to compare the predicted cases only"
@@ -104,9 +96,9 @@ def score_folder(
     except (AssertionError, RuntimeError) as error:
         raise LightNetsError(f"dataset.json of {folder}: {last_line(error)}; correct it, see -djfile") from error
     structures = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    jobs = [(labels / path.name, path, description, structures, manager.ignore_label) for path in predictions]
+    jobs = [(labels / name, path, description, structures, manager.ignore_label) for name, path in predictions.items()]
     scored = for_each_case(score_case, jobs, processes, f"scoring {folder.name}")
-    return dict(zip(predictions, scored, strict=True))
+    return dict(zip(predictions.values(), scored, strict=True))
 
 
 def score_case(
@@ -152,7 +144,7 @@ def add_nsd(results: Sequence[Result], tolerance: float, labels: Path | None, pr
     cases = [(result, case) for result in results for case in result.cases.values()]
     jobs = []
     for result, case in cases:
-        label_file = reference_file(case, labels)
+        label_file = case.reference if labels is None else labels / case.prediction.name
         for file, remedy in (
             (label_file, "give the reference segmentations with -gt"),
             (case.prediction, "keep the predictions beside summary.json, or leave --nsd out"),
@@ -183,34 +175,25 @@ def case_nsd(
     scored = np.ones(reference.shape, bool) if ignore_label is None else reference != ignore_label
     scores = {}
     for structure, count in voxels.items():
-        in_reference = structure_mask(reference, structure) & scored
+        in_reference = np.isin(reference, structure) & scored
         if int(in_reference.sum()) != count:
             raise LightNetsError(
                 f"{label_file}: {in_reference.sum()} voxels of {structure_label(structure)}, not the {count} that were "
                 "scored; give the scored labels with -gt, and dataset.json with -djfile if there is an ignore label"
             )
-        scores[structure] = nsd(in_reference, structure_mask(predicted, structure) & scored, spacing, tolerance)
+        scores[structure] = nsd(in_reference, np.isin(predicted, structure) & scored, spacing, tolerance)
     return scores
 
 
 def nsd(
     reference: NDArray[np.bool_], predicted: NDArray[np.bool_], spacing: Sequence[float], tolerance: float
 ) -> float:
-    """Normalised surface Dice of two masks of 2 or 3 axes.
-
-    Args:
-        reference: mask.
-        predicted: mask of the same shape.
-        spacing: mm per voxel along each axis.
-        tolerance: mm.
-    """
+    """Normalised surface Dice of two masks of equal shape, 2 or 3 axes; spacing (of each axis) and tolerance in mm."""
     import torch
     from monai.metrics import compute_surface_dice
 
-    if not reference.any() and not predicted.any():
-        return math.nan
     if not reference.any() or not predicted.any():
-        return 0.0
+        return 0.0 if reference.any() or predicted.any() else math.nan
     # One voxel of padding: a structure that touches the border of the image has a surface there, too.
     masks = [torch.from_numpy(np.pad(mask, 1))[None, None] for mask in (predicted, reference)]  # (1, 1, *spatial)
     with warnings.catch_warnings():

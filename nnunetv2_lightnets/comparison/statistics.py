@@ -1,14 +1,16 @@
 """The statistics of a paired comparison of segmentation results.
 
-All functions take one value per case (or per subject) and are deterministic. Sources: Hesterberg 2015 (The American
-Statistician 69, 371-386) for bootstrap intervals that are not too narrow, Hall 1988 (Annals of Statistics 16, 927-953)
-for the bootstrap t, Holm 1979, Wilcoxon 1945, Kerby 2014 for the rank-biserial correlation.
+All functions take one value per case (or per subject) and are deterministic: ``resamples`` is the number of bootstrap
+samples, ``seed`` that of their choice. Scores are (cases, results), more is better; differences are the candidate's
+scores less the reference's. Sources: Hesterberg 2015 (The American Statistician 69, 371-386) for bootstrap intervals
+that are not too narrow, Hall 1988 (Annals of Statistics 16, 927-953) for the bootstrap t, Holm 1979, Wilcoxon 1945,
+Kerby 2014 for the rank-biserial correlation.
 ``benchmarks/statistics_checks.py`` measures coverage and false-positive rates of every procedure here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,15 +35,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class NonInferiority:
-    """Outcome of a non-inferiority test.
+    """Outcome of a non-inferiority test."""
 
-    Attributes:
-        p: one-sided p-value of "the mean difference is -margin or less".
-        lower: lower bound of the mean difference at the test's level; above -margin exactly where ``p <= level``.
-    """
-
-    p: float
-    lower: float
+    p: float  # one-sided, of "the mean difference is -margin or less"
+    lower: float  # bound of the mean difference at the test's level: above -margin exactly where p <= level
 
 
 def as_values(values: ArrayLike) -> Floats:
@@ -64,14 +61,7 @@ def mean_interval(
     Without the widening the 95 % interval of 10 cases covers the true mean in 90 % of samples. The BCa interval was
     tried and not taken: it covers less where a few cases fail, which is how segmentations fail.
 
-    Args:
-        values: one per case.
-        confidence: wanted coverage.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
-
-    Returns:
-        The interval; None for fewer than ``MIN_CASES`` values.
+    None for fewer than ``MIN_CASES`` values.
     """
     values = as_values(values)
     n = len(values)
@@ -93,14 +83,9 @@ def mean_interval(
 
 
 def wilcoxon(differences: ArrayLike) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test; cases without a difference are left out (Wilcoxon's rule).
-
-    1 where no case differs.
-    """
+    """Two-sided p-value of Wilcoxon's signed-rank test, which leaves out cases that do not differ; 1 if none does."""
     values = as_values(differences)
-    if not values.any():
-        return 1.0
-    return float(stats.wilcoxon(values, zero_method="wilcox").pvalue)
+    return float(stats.wilcoxon(values, zero_method="wilcox").pvalue) if values.any() else 1.0
 
 
 def rank_biserial(differences: ArrayLike) -> float:
@@ -139,15 +124,8 @@ def non_inferiority(
     non-inferiority too often. Wilcoxon's test on shifted differences is not used: it is about the median, and
     overlooks rare failures altogether.
 
-    Args:
-        differences: candidate less reference, one per case.
-        margin: loss in the mean that is still accepted, positive.
-        level: of the test, for ``lower``.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
-
-    Returns:
-        p-value and lower bound; None for fewer than ``MIN_CASES`` values.
+    ``margin``, positive, is the loss in the mean that is still accepted, ``level`` that of the test, for its lower
+    bound. None for fewer than ``MIN_CASES`` values.
     """
     values = as_values(differences)
     n = len(values)
@@ -168,38 +146,32 @@ def non_inferiority(
 
 def _bootstrap_t(values: Floats, resamples: int, seed: int) -> Floats:
     """Studentised means of bootstrap samples; a sample of equal values counts as infinitely far from the mean."""
-    n, mean = len(values), values.mean()
-    rng = np.random.default_rng(seed)
     parts = []
-    for start in range(0, resamples, size := max(1, _BATCH // n)):
-        samples = values[rng.integers(0, n, (min(size, resamples - start), n))]  # (samples, n)
-        distance = samples.mean(axis=1) - mean
-        error = samples.std(axis=1, ddof=1) / np.sqrt(n)
+    for samples in _bootstrap(values, resamples, seed):  # (samples, cases)
+        distance = samples.mean(axis=1) - values.mean()
+        error = samples.std(axis=1, ddof=1) / np.sqrt(len(values))
         with np.errstate(divide="ignore", invalid="ignore"):
             parts.append(np.nan_to_num(distance / error, nan=0.0, posinf=np.inf, neginf=-np.inf))
     return np.concatenate(parts)
 
 
+def _bootstrap(values: Floats, resamples: int, seed: int) -> Iterator[Floats]:
+    """Bootstrap samples of the first axis of ``values``, (samples, *values.shape), a batch at a time."""
+    rng = np.random.default_rng(seed)
+    n, batch = len(values), max(1, _BATCH // values.size)
+    for start in range(0, resamples, batch):
+        yield values[rng.integers(0, n, (min(batch, resamples - start), n))]
+
+
 def ranks(scores: ArrayLike) -> Floats:
-    """Rank of each result in each case, 1 for the best; equal scores share the mean of their ranks.
-
-    Args:
-        scores: (cases, results), more is better.
-
-    Returns:
-        (cases, results)
-    """
-    rounded = np.round(np.asarray(scores, dtype=np.float64), _DECIMALS)
+    """Rank (cases, results) of each result in each case, 1 for the best; equal scores share the mean of their ranks."""
+    rounded = np.asarray(scores, dtype=np.float64).round(_DECIMALS)
     return np.asarray(stats.rankdata(-rounded, axis=1), dtype=np.float64)
 
 
 def friedman(scores: ArrayLike) -> float | None:
-    """p-value of Friedman's test that all results rank equally; None for fewer than three results.
-
-    Args:
-        scores: (cases, results)
-    """
-    rounded = np.round(np.asarray(scores, dtype=np.float64), _DECIMALS)
+    """p-value of Friedman's test that all results rank equally; None for fewer than three results or cases."""
+    rounded = np.asarray(scores, dtype=np.float64).round(_DECIMALS)
     if rounded.shape[1] < 3 or rounded.shape[0] < MIN_CASES:
         return None
     if (np.ptp(rounded, axis=1) == 0).all():
@@ -211,19 +183,11 @@ def first_place(scores: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0)
     """How stable the winner is: the share of bootstrap samples of the cases in which each result has the best mean.
 
     Results with the same best mean share the sample.
-
-    Args:
-        scores: (cases, results), more is better.
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    n, results = scores.shape
-    rng = np.random.default_rng(seed)
-    wins = np.zeros(results)
-    for start in range(0, resamples, size := max(1, _BATCH // (n * results))):
-        samples = rng.integers(0, n, (min(size, resamples - start), n))
-        means = np.round(scores[samples].mean(axis=1), _DECIMALS)  # (samples, n, results) -> (samples, results)
+    wins = np.zeros(scores.shape[1])
+    for samples in _bootstrap(scores, resamples, seed):
+        means = samples.mean(axis=1).round(_DECIMALS)  # (samples, cases, results) -> (samples, results)
         best = means == means.max(axis=1, keepdims=True)
         wins += (best / best.sum(axis=1, keepdims=True)).sum(axis=0)
     return [float(share) for share in wins / resamples]

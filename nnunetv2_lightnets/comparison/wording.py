@@ -73,12 +73,7 @@ def verdict(d: Difference) -> str:
 
 
 def notes(comparison: Comparison, label: Callable[[str], str] = str) -> list[str]:
-    """What a reader must know before believing the numbers.
-
-    Args:
-        comparison: what was found.
-        label: what to call a result.
-    """
+    """What a reader must know before believing the numbers; ``label`` says what to call a result."""
     notes = []
     results, table = comparison.results, comparison.overall()
     n, units = len(table.units), f"{unit(comparison)}s"
@@ -96,12 +91,8 @@ def notes(comparison: Comparison, label: Callable[[str], str] = str) -> list[str
         notes.append(
             "Unequal training budgets: " + "; ".join(f"{name}: {', '.join(b)}" for name, b in budgets.items()) + "."
         )
-    moved = [
-        case
-        for case in results[0].cases
-        if len({r.cases[case].fold for r in results if r.cases[case].fold is not None}) > 1
-    ]
-    if moved:
+    folds = {case: {result.cases[case].fold for result in results} - {None} for case in results[0].cases}
+    if moved := [case for case in folds if len(folds[case]) > 1]:
         notes.append(f"The splits differ: {len(moved)} cases are in different folds ({listed(sorted(moved))}).")
     notes += [
         f"{label(d.result)} equals {label(comparison.reference.name)} in every case: are these the same predictions?"
@@ -113,8 +104,7 @@ def notes(comparison: Comparison, label: Callable[[str], str] = str) -> list[str
         for result in results
         if "all" in result.folds
     ]
-    folds = max((len(result.folds) for result in results), default=0)
-    if folds == 1:
+    if max(len(result.folds) for result in results) == 1:
         notes.append("One fold, one training per network: the spread between trainings is not in these numbers.")
     dropped = {t.title: t.dropped for t in comparison.tables if t.metric == table.metric and t.dropped}
     compared = {t.title for t in comparison.tables}
@@ -153,11 +143,8 @@ def methods(comparison: Comparison) -> list[tuple[str, str]]:
         "whatever they predict there; such false positives are counted apart.",
         "one": "Where the reference lacks a structure, a prediction that lacks it, too, counts 1, any other 0.",
     }[settings.empty]
-    metric = {
-        "Dice": "Dice (nnU-Net's own evaluation, per case, at the original resolution)",
-        "IoU": "IoU (nnU-Net's own evaluation, per case, at the original resolution)",
-        "NSD": f"NSD at {settings.nsd_tolerance or 0:g} {settings.nsd_unit} (MONAI, sub-voxel surface areas)",
-    }
+    metric = {m: f"{m} (nnU-Net's own evaluation, per case, at the original resolution)" for m in ("Dice", "IoU")}
+    metric["NSD"] = f"NSD at {settings.nsd_tolerance or 0:g} {settings.nsd_unit} (MONAI, sub-voxel surface areas)"
     families = (
         "one family is all results"
         if n_structures == 1

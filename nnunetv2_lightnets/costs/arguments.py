@@ -21,11 +21,7 @@ def add_patch_arguments(parser: argparse._ActionsContainer, default: str) -> Non
 
 
 def check_patch(args: argparse.Namespace) -> None:
-    """Refuse impossible sizes.
-
-    Raises:
-        LightNetsError: not 2 or 3 numbers, a patch of less than 8 voxels along an axis, no channel or no class.
-    """
+    """Refuse, by a LightNetsError, a patch of other than 2 or 3 axes or too small, no channel and no class."""
     if args.patch is not None and (len(args.patch) not in (2, 3) or min(args.patch) < _SMALLEST):
         raise LightNetsError(
             f"--patch takes 2 or 3 numbers of at least {_SMALLEST} voxels, got {' '.join(map(str, args.patch))}"
@@ -34,11 +30,7 @@ def check_patch(args: argparse.Namespace) -> None:
 
 
 def check_positive(numbers: dict[str, int | None]) -> None:
-    """Refuse numbers below 1, by the name of their argument.
-
-    Raises:
-        LightNetsError: there is one.
-    """
+    """Refuse, by a LightNetsError, a number below 1, given by the name of its argument."""
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise LightNetsError(f"{name} must be at least 1, got {value}")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_lightnets.costs.arguments import add_patch_arguments, check_patch, check_positive
 from nnunetv2_lightnets.costs.trainers import BASELINE, find_trainer_class, fitting_trainers
-from nnunetv2_lightnets.costs.worker import Job
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import last_line, read_json, write_atomically
-from nnunetv2_lightnets.nnunet.plans import PLANS, Setting, dataset_setting, patch_setting
+from nnunetv2_lightnets.nnunet.plans import PLANS, dataset_setting, patch_setting
+
+if TYPE_CHECKING:  # it imports torch, for which --help need not wait
+    from nnunetv2_lightnets.costs.worker import Job
 
 RESULTS = "benchmark.json"
 CLAIMS = Path(__file__).with_name("claims.json")
@@ -59,22 +61,23 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_lightnets.costs.report import read_scores, text_table, write_benchmark
 
     scores = {} if args.dice is None else read_scores(args.dice)
-    settings = _settings(args)
-    jobs = _jobs(args, settings)
+    jobs = _jobs(args)
     args.o.mkdir(parents=True, exist_ok=True)
-    benchmark = _start(args.o / RESULTS, args, settings[0])
+    benchmark = _start(args.o / RESULTS, next(iter(jobs.values())))
+
+    def write() -> None:
+        write_atomically(args.o / RESULTS, json.dumps(benchmark, indent=1) + "\n")
+
     done = {row["name"] for row in benchmark["rows"] if not (args.retry and "error" in row)}
-    with tqdm(total=len(jobs), unit="network") as bar:
-        for name, job in jobs.items():
-            bar.set_description(name)
-            if name not in done:
-                row = {"name": name, "trainer": job.trainer, **measure_in_process(job, args.o / "logs" / f"{name}.log")}
-                _check_machine(benchmark, row)
-                benchmark["rows"] = [r for r in benchmark["rows"] if r["name"] != name] + [row]
-                _write(args.o / RESULTS, benchmark)
-            bar.update()
+    for name, job in (bar := tqdm(jobs.items(), unit="network")):
+        bar.set_description(name)
+        if name not in done:
+            row = {"name": name, "trainer": job.trainer, **measure_in_process(job, args.o / "logs" / f"{name}.log")}
+            _check_machine(benchmark, row)
+            benchmark["rows"] = [r for r in benchmark["rows"] if r["name"] != name] + [row]
+            write()
     benchmark["rows"].sort(key=lambda row: list(jobs).index(row["name"]) if row["name"] in jobs else len(jobs))
-    _write(args.o / RESULTS, benchmark)
+    write()
     files = write_benchmark(benchmark, args.o, scores)
     print(text_table(benchmark))
     print("\nWritten: " + ", ".join(str(file) for file in [*files, args.o / RESULTS]))
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Mistakes that can be told without reading anything."""
+    """Refuse mistakes that can be told without reading anything."""
     if (args.d is None) == (args.patch is None):
         raise LightNetsError("give either a data set (-d ID -c CONFIGURATION) or a patch (--patch N N N)")
     if args.d is not None and args.c is None:
@@ -94,15 +97,14 @@ def _check(args: argparse.Namespace) -> None:
         raise LightNetsError(f"--seconds must be above 0, got {args.seconds:g}")
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
-    """One setting for each of the plans."""
-    if args.d is not None:
-        return [dataset_setting(args.d, args.c, plans) for plans in args.p]
-    return [patch_setting(args.patch, args.channels, args.classes, volume=args.volume)]
-
-
-def _jobs(args: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Job]:
+def _jobs(args: argparse.Namespace) -> dict[str, Job]:
     """What to measure, by the name of its row."""
+    from nnunetv2_lightnets.costs.worker import Job
+
+    if args.d is not None:
+        settings = [dataset_setting(args.d, args.c, plans) for plans in args.p]
+    else:
+        settings = [patch_setting(args.patch, args.channels, args.classes, volume=args.volume)]
     dims = len(settings[0].patch)
     trainers = list(dict.fromkeys(args.tr or [BASELINE, *fitting_trainers(dims)]))
     for trainer in args.tr or []:
@@ -123,26 +125,22 @@ def _jobs(args: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Jo
                 threads=args.threads,
                 seconds=args.seconds,
                 mirroring=args.mirroring,
-                claims=tuple(c for c in claims if c["trainer"] == trainer and len(c["patch"]) == dims and i == 0),
+                claims=[c for c in claims if c["trainer"] == trainer and len(c["patch"]) == dims and i == 0],
             )
     return jobs
 
 
-def _start(file: Path, args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """A new benchmark, or the one in the folder if it is of the same settings.
-
-    Raises:
-        LightNetsError: the folder holds a benchmark of other settings.
-    """
+def _start(file: Path, job: Job) -> dict[str, Any]:
+    """A new benchmark, or the one in the file if it is of the settings of the first job."""
     settings = {
-        "title": setting.title,
-        "patch": list(setting.patch),
-        "batch size": args.batch_size or setting.batch_size,
-        "volume": None if args.no_volume else list(args.volume or setting.volume),
-        "mirroring": args.mirroring,
-        "device": args.device,
-        "threads": args.threads,
-        "seconds": args.seconds,
+        "title": job.setting.title,
+        "patch": list(job.setting.patch),
+        "batch size": job.batch_size,
+        "volume": job.volume and list(job.volume),
+        "mirroring": job.mirroring,
+        "device": job.device,
+        "threads": job.threads,
+        "seconds": job.seconds,
     }
     if not file.exists():
         return {"settings": settings, "machine": None, "rows": []}
@@ -158,8 +156,7 @@ def _start(file: Path, args: argparse.Namespace, setting: Setting) -> dict[str, 
 
 def _check_machine(benchmark: dict[str, Any], row: dict[str, Any]) -> None:
     """Rows of different machines do not belong into one table."""
-    machine = row.pop("machine", None)
-    if machine is None:
+    if (machine := row.pop("machine", None)) is None:
         return
     if benchmark["machine"] not in (None, machine):
         changed = [f"{k} {v}" for k, v in benchmark["machine"].items() if machine.get(k) != v]
@@ -167,25 +164,12 @@ def _check_machine(benchmark: dict[str, Any], row: dict[str, Any]) -> None:
     benchmark["machine"] = machine
 
 
-def _write(file: Path, benchmark: dict[str, Any]) -> None:
-    """Write whole or not at all: an interruption loses no row."""
-    write_atomically(file, json.dumps(benchmark, indent=1) + "\n")
-
-
 def measure_in_process(job: Job, log: Path) -> dict[str, Any]:
-    """Measure a job in a process of its own.
-
-    Args:
-        job: what to measure.
-        log: file for what the process prints.
-
-    Returns:
-        The row, or ``{"error": reason}``.
-    """
+    """The row of a job, measured in a process of its own that prints into ``log``; or ``{"error": reason}``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder, "job.json"), Path(folder, "row.json")
-        job.write(question)
+        question, answer = Path(folder, "job.pkl"), Path(folder, "row.json")
+        question.write_bytes(pickle.dumps(job))
         with open(log, "w", encoding="utf-8") as output:
             done = subprocess.run(
                 [sys.executable, "-m", "nnunetv2_lightnets.costs.worker", str(question), str(answer)],
@@ -198,9 +182,8 @@ def measure_in_process(job: Job, log: Path) -> dict[str, Any]:
             row: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return row
     if done.returncode < 0:
-        number = -done.returncode
-        known = number in {known.value for known in signal.Signals}
-        name = signal.Signals(number).name if known else f"signal {number}"
+        names = {known.value: known.name for known in signal.Signals}
+        name = names.get(-done.returncode, f"signal {-done.returncode}")
         memory = ", for lack of memory perhaps" if name == "SIGKILL" else ""
         return {"error": f"ended by {name}{memory}"}
     if done.returncode == 0:

@@ -18,18 +18,12 @@ def pareto(
 ) -> Figure:
     """Cost ``x``, on a logarithmic axis, against ``y``; results that no other one beats in both are filled and joined.
 
-    Args:
-        names: short ones of the results, written beside the points.
-        x: cost, less is better.
-        y: another cost (logarithmic axis), or a score.
-        x_label: axis label.
-        y_label: axis label.
-        more_is_better: whether ``y`` is a score.
+    ``y`` is a score if ``more_is_better``, else another cost, on a logarithmic axis as well. The names, short ones,
+    stand beside the points.
     """
     goodness = np.asarray(y) if more_is_better else -np.asarray(y)
-    order = np.lexsort((-goodness, np.asarray(x)))
     front, best = [], -np.inf
-    for i in order:
+    for i in np.lexsort((-goodness, np.asarray(x))):
         if goodness[i] > best:
             front.append(int(i))
             best = goodness[i]

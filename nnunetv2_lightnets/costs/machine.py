@@ -7,14 +7,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def machine(device: Any) -> dict[str, Any]:
+from nnunetv2_lightnets import __version__
+from nnunetv2_lightnets.ops import available_backends
+
+
+def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured with."""
-    import torch
-
-    from nnunetv2_lightnets import __version__
-    from nnunetv2_lightnets.ops import available_backends
-
     described = {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -9,20 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _PROCESS = Path("/proc/self")  # Linux
 
 
 class Memory:
     """Peak memory: of the GPU's allocator, or of this process beyond what it held when this object was made.
 
-    Attributes:
-        restarts: whether ``start`` forgot earlier peaks. Where the system does not let it (no Linux, or /proc may not
-            be written), peaks are those since the process began.
+    Where the system lets ``start`` forget no earlier peaks (no Linux, or /proc may not be written), ``restarts`` is
+    false, and peaks are those since the process began.
     """
 
-    def __init__(self, device: Any) -> None:
-        self.cuda = device.type == "cuda"
-        self.restarts = self.cuda
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = self.restarts = device.type == "cuda"
         _release_unused()
         self.before = 0 if self.cuda else _resident("VmRSS")
 
@@ -30,18 +30,17 @@ class Memory:
         """Forget earlier peaks, where the system lets us."""
         _release_unused()
         if self.cuda:
-            import torch
-
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        else:
-            self.restarts = _restart_peak()
+            return
+        self.restarts = False
+        with contextlib.suppress(OSError):
+            (_PROCESS / "clear_refs").write_text("5")  # restarts VmHWM
+            self.restarts = True
 
     def peak(self) -> int:
         """Bytes at most since ``start``; since the process began where ``restarts`` is false."""
         if self.cuda:
-            import torch
-
             torch.cuda.synchronize()
             return int(torch.cuda.max_memory_allocated())
         return max(_resident("VmHWM") - self.before, 0)
@@ -50,15 +49,6 @@ class Memory:
         """The peak as an entry of a row, which says so where it is not that of this measurement alone."""
         since = {} if self.restarts else {"memory_since": "the process began"}
         return {"memory": self.peak(), **since}
-
-
-def _restart_peak() -> bool:
-    """Reset the process's peak (``VmHWM``); whether the system let us."""
-    try:
-        (_PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def _release_unused() -> None:

@@ -14,23 +14,19 @@ from nnunetv2_lightnets.nnunet.trainer_names import BUDGET
 from nnunetv2_lightnets.pages.figures import svg
 from nnunetv2_lightnets.pages.names import Names, page_names
 from nnunetv2_lightnets.pages.render import template, write_files
-from nnunetv2_lightnets.pages.tables import csv_text
-from nnunetv2_lightnets.pages.text import NOTHING, markdown, number
+from nnunetv2_lightnets.pages.text import NOTHING, csv_text, markdown
 
 Row = dict[str, Any]
 NBSP = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
 
 
 def write_benchmark(benchmark: dict[str, Any], folder: Path, scores: Mapping[str, float]) -> list[Path]:
-    """Write ``benchmark.html``, ``.md`` and ``.csv``.
+    """Write ``benchmark.html``, ``.md`` and ``.csv``; returns the files.
 
     Args:
         benchmark: settings, machine and rows, as in benchmark.json.
         folder: made if it is not there.
         scores: Dice by the name of a row or of its trainer, see :func:`read_scores`.
-
-    Returns:
-        The files, the page first.
     """
     names = page_names([row["name"] for row in benchmark["rows"]])
     charts = _charts(benchmark["rows"], scores, names)
@@ -53,8 +49,7 @@ def read_scores(file: Path) -> dict[str, float]:
         table = content["tables"][0]
         scores = {result["result"]: float(result["mean"]) for result in table["results"]}
         for result in content["results"]:
-            trainer = re.search(r"(nnUNetTrainer[A-Za-z0-9_]*?)__", result["folder"])
-            if trainer:
+            if trainer := re.search(r"(nnUNetTrainer[A-Za-z0-9_]*?)__", result["folder"]):
                 scores.setdefault(trainer[1], scores[result["name"]])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise LightNetsError(f"--dice {file} is no compare.json of nnUNetv2_lightnets compare") from error
@@ -69,9 +64,6 @@ def score_of(row: Row, scores: Mapping[str, float]) -> float | None:
         ):
             return score
     return None
-
-
-# ------------------------------------------------------------------------------------------------------- formatting
 
 
 def seconds(value: float | None) -> str:
@@ -99,14 +91,13 @@ def megabytes(value: float | None) -> str:
     return NOTHING if value is None else f"{value / 1e6:,.0f}{NBSP}MB"
 
 
-def millions(value: float | None) -> str:
-    """``5.016 M``."""
-    return NOTHING if value is None else f"{value / 1e6:.3f}{NBSP}M"
-
-
-def giga(value: float | None) -> str:
-    """``177.19 G``."""
-    return NOTHING if value is None else f"{value / 1e9:.2f}{NBSP}G" if value >= 1e9 else f"{value / 1e9:.4f}{NBSP}G"
+def amount(value: float | None, quantity: str) -> str:
+    """Parameters as ``5.016 M``, MACs as ``177.19 G``."""
+    if value is None:
+        return NOTHING
+    if quantity == "parameters":
+        return f"{value / 1e6:.3f}{NBSP}M"
+    return f"{value / 1e9:.{2 if value >= 1e9 else 4}f}{NBSP}G"
 
 
 def described(value: Any) -> str:
@@ -121,16 +112,14 @@ def described(value: Any) -> str:
 def _render(
     name: str, benchmark: dict[str, Any], names: Names, escape: Callable[[str], str] | None, **more: Any
 ) -> str:
-    filters = (seconds, spread, megabytes, millions, giga, described, number)
     machine = dict(benchmark["machine"] or {})
     for key in ("memory", "GPU memory"):
         if machine.get(key):
             machine[key] = f"{machine[key] / 1e9:.0f} GB"
-    by_name: dict[str, Callable[..., str]] = {function.__name__: function for function in filters}
-    by_name["label"] = names.label
+    filters: dict[str, Callable[..., str]] = {f.__name__: f for f in (seconds, spread, megabytes, amount, described)}
     measured = [row for row in benchmark["rows"] if "error" not in row]
     timings = [row[what] for row in measured for what in ("inference", "training", "volume") if row.get(what)]
-    return template("nnunetv2_lightnets.costs", name, by_name, escape).render(
+    return template("nnunetv2_lightnets.costs", name, filters | {"label": names.label}, escape).render(
         rows=measured,
         memory_since=next((timing["memory_since"] for timing in timings if "memory_since" in timing), None),
         shared=", ".join(names.shared.values()),
@@ -183,9 +172,6 @@ def _flat(row: Row, scores: Mapping[str, float]) -> dict[str, Any]:
     return flat
 
 
-# ------------------------------------------------------------------------------------------------------------ charts
-
-
 def _charts(rows: list[Row], scores: Mapping[str, float], names: Names) -> list[tuple[str, str]]:
     """Seconds, and scores where there are any, against every cost, as (svg, caption)."""
     measured, labels = [row for row in rows if "error" not in row], names.for_charts()
@@ -201,17 +187,12 @@ def _charts(rows: list[Row], scores: Mapping[str, float], names: Names) -> list[
         goals.insert(0, ("mean Dice", scored, lambda row: score_of(row, scores) or 0.0, True))
     charts = []
     for goal, points, value, more_is_better in goals:
-        for cost, amount in costs:
-            if len(points) < 2 or any(amount(row) <= 0 for row in points):
+        for cost, cost_of in costs:
+            if len(points) < 2 or any(cost_of(row) <= 0 for row in points):
                 continue
             caption = f"{goal[0].upper()}{goal[1:]} against {cost}. Filled: no other network is better in both."
-            figure = figures.pareto(
-                [labels[row["name"]] for row in points],
-                [amount(row) for row in points],
-                [value(row) for row in points],
-                cost,
-                goal,
-                more_is_better=more_is_better,
-            )
+            x, y = ([of(row) for row in points] for of in (cost_of, value))
+            shown = [labels[row["name"]] for row in points]
+            figure = figures.pareto(shown, x, y, cost, goal, more_is_better=more_is_better)
             charts.append((svg(figure, caption), caption))
     return charts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from nnunetv2_lightnets.errors import LightNetsError
@@ -16,16 +17,14 @@ def find_trainer_class(name: str) -> type[Any]:
     Raises:
         LightNetsError: there is none of this name.
     """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
     from nnunetv2_lightnets.trainers import find_trainer
 
     found = find_trainer(name)
     if found is None:
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-        try:
+        with contextlib.suppress(RuntimeError):  # nnU-Net's word for "none"
             found = recursive_find_trainer_class_by_name(name)
-        except RuntimeError as error:
-            raise LightNetsError(f"there is no trainer {name}; nnUNetv2_lightnets networks lists ours") from error
     if not isinstance(found, type):
         raise LightNetsError(f"there is no trainer {name}; nnUNetv2_lightnets networks lists ours")
     return found
@@ -39,8 +38,7 @@ def fitting_trainers(dims: int) -> list[str]:
 
     fitting = []
     for name in trainer_names():
-        trainer = find_trainer(name)
-        network = getattr(trainer, "network_name", None)
+        network = getattr(find_trainer(name), "network_name", None)
         if network is None or dims in network_entry(network).spatial_dims:
             fitting.append(name)
     return fitting

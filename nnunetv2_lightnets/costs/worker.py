@@ -1,26 +1,31 @@
 """Measures one network, in a process of its own: nothing another network did changes its memory or its speed.
 
-``python -m nnunetv2_lightnets.costs.worker JOB.json ROW.json`` is how ``nnUNetv2_lightnets benchmark`` calls it.
+``python -m nnunetv2_lightnets.costs.worker JOB.pkl ROW.json`` is how ``nnUNetv2_lightnets benchmark`` calls it.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import pickle
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnunetv2_lightnets.costs.machine import machine
 from nnunetv2_lightnets.costs.memory import Memory
-from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.costs.trainers import find_trainer_class, trainer_costs
 from nnunetv2_lightnets.files import write_atomically
+from nnunetv2_lightnets.networks.counting import count_macs, count_parameters
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
+from nnunetv2_lightnets.nnunet.rehearsal import autocast, make_batch, make_trainer
 
 _FEWEST, _MOST = 3, 50  # timed repetitions ...
 _LONG = 10  # ... unless a single one takes so many times longer than is given to all
@@ -28,85 +33,43 @@ _LONG = 10  # ... unless a single one takes so many times longer than is given t
 
 @dataclass(frozen=True)
 class Job:
-    """What to measure, in JSON-able values.
-
-    Attributes:
-        trainer: name of the trainer.
-        setting: see :class:`Setting`.
-        batch_size: patches of a training step.
-        volume: (slices, height, width) to predict as a whole, or None.
-        device: ``cpu``, ``cuda`` or ``mps``; None takes cuda where there is one.
-        threads: of torch on the CPU; None for torch's own choice.
-        seconds: for the repetitions of each measurement.
-        mirroring: whether the whole volume is predicted with nnU-Net's test-time mirroring.
-        claims: published numbers to set ours beside, see claims.json.
-    """
+    """What to measure."""
 
     trainer: str
     setting: Setting
-    batch_size: int
-    volume: tuple[int, int, int] | None
-    device: str | None
-    threads: int | None
-    seconds: float
-    mirroring: bool
-    claims: tuple[dict[str, Any], ...] = ()
-
-    @classmethod
-    def read(cls, file: Path) -> Job:
-        """Read what :meth:`write` has written."""
-        content = json.loads(file.read_text(encoding="utf-8"))
-        volume = content.pop("volume")
-        return cls(
-            setting=Setting(**content.pop("setting")),
-            volume=None if volume is None else tuple(volume),
-            claims=tuple(content.pop("claims")),
-            **content,
-        )
-
-    def write(self, file: Path) -> None:
-        """Write the job as JSON."""
-        file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+    batch_size: int  # patches of a training step
+    volume: tuple[int, int, int] | None  # (slices, height, width) to predict as a whole
+    device: str | None  # None takes cuda where there is one, else cpu
+    threads: int | None  # of torch on the CPU; None for torch's own choice
+    seconds: float  # for the repetitions of each measurement
+    mirroring: bool  # of the whole volume, as nnU-Net does at test time
+    claims: Sequence[dict[str, Any]] = ()  # published numbers to set ours beside, see claims.json
 
 
-def main() -> int:
+def main() -> None:
     """Measure the job in the file of the first argument, write the row into that of the second."""
-    job = Job.read(Path(sys.argv[1]))
+    job: Job = pickle.loads(Path(sys.argv[1]).read_bytes())
     with temporary_folders() as folder:
         row = measure(job, folder)
     write_atomically(sys.argv[2], json.dumps(row))
-    return 0
 
 
 def measure(job: Job, folder: Path) -> dict[str, Any]:
-    """Measure a network.
-
-    Args:
-        job: what to measure.
-        folder: nnU-Net's folders, empty ones.
-
-    Returns:
-        A row of the benchmark: counts, seconds, bytes, and the machine.
-    """
-    import torch
-
+    """A row of the benchmark: counts, seconds, bytes, and the machine; ``folder`` holds nnU-Net's folders, empty."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trainer_class = find_trainer_class(job.trainer)
-    row = measure_prediction(trainer_class, job, device)
-    row |= measure_training(trainer_class, job, folder, device)
-    row["claims"] = [check_claim(trainer_class, claim) for claim in job.claims]
-    row["machine"] = machine(device)
-    return row
+    return {
+        **measure_prediction(trainer_class, job, device),
+        **measure_training(trainer_class, job, folder, device),
+        "claims": [check_claim(trainer_class, claim) for claim in job.claims],
+        "machine": machine(device),
+    }
 
 
-def measure_prediction(trainer_class: type[Any], job: Job, device: Any) -> dict[str, Any]:
+def measure_prediction(trainer_class: type[Any], job: Job, device: torch.device) -> dict[str, Any]:
     """One patch, and a whole image, with the network as nnU-Net predicts."""
-    import torch
-
-    from nnunetv2_lightnets.nnunet.rehearsal import autocast
-
     memory = Memory(device)
     predicting = predictor(trainer_class, job, device)
     patch = torch.randn(1, job.setting.input_channels, *job.setting.patch, device=device)
@@ -122,11 +85,8 @@ def measure_prediction(trainer_class: type[Any], job: Job, device: Any) -> dict[
     return measured
 
 
-def measure_training(trainer_class: type[Any], job: Job, folder: Path, device: Any) -> dict[str, Any]:
+def measure_training(trainer_class: type[Any], job: Job, folder: Path, device: torch.device) -> dict[str, Any]:
     """A training step, and what there is to count in the network that is trained."""
-    from nnunetv2_lightnets.networks.counting import count_macs, count_parameters
-    from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
-
     memory = Memory(device)
     trainer = make_trainer(trainer_class, job.setting, job.batch_size, folder, device)
     batch = make_batch(trainer, job.setting.patch, job.batch_size)
@@ -146,7 +106,7 @@ def measure_training(trainer_class: type[Any], job: Job, folder: Path, device: A
     }
 
 
-def predictor(trainer_class: type[Any], job: Job, device: Any) -> Any:
+def predictor(trainer_class: type[Any], job: Job, device: torch.device) -> Any:
     """nnU-Net's predictor with the trainer's network as it predicts."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -170,13 +130,13 @@ def predictor(trainer_class: type[Any], job: Job, device: Any) -> Any:
     return predicting
 
 
-def timed(step: Callable[[], Any], seconds: float, device: Any) -> dict[str, Any]:
+def timed(step: Callable[[], Any], seconds: float, device: torch.device) -> dict[str, Any]:
     """Seconds that a step takes: median and quartiles of repetitions, after one for warming up."""
 
     def once() -> float:
         start = time.perf_counter()
         step()
-        synchronize(device)
+        torch.get_device_module(device).synchronize()
         return time.perf_counter() - start
 
     first = once()
@@ -189,33 +149,12 @@ def timed(step: Callable[[], Any], seconds: float, device: Any) -> dict[str, Any
     return {"median": median, "quartiles": [low, high], "runs": len(runs)}
 
 
-def synchronize(device: Any) -> None:
-    """Wait until the device has done what it was told."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def check_claim(trainer_class: type[Any], claim: dict[str, Any]) -> dict[str, Any]:
     """A published number, and ours for the same input."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from nnunetv2_lightnets.networks.counting import count_macs, count_parameters
-    from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
-
     setting = patch_setting(claim["patch"], claim["channels"], claim["classes"])
-    plans = PlansManager(setting.plans)
-    network = trainer_class.build_network_architecture(
-        plans, plans.get_configuration(setting.configuration), claim["channels"], claim["classes"], False
-    )
-    network = network.network if isinstance(network, PredictionNetwork) else network
-    if claim["quantity"] == "parameters":
-        return claim | {"ours": count_parameters(network)}
-    return claim | {"ours": count_macs(network, claim["channels"], setting.patch)}
+    _, parameters, macs = trainer_costs(trainer_class, setting)
+    return claim | {"ours": parameters if claim["quantity"] == "parameters" else macs}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,10 +22,8 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#595959"
-HALO = [
-    patheffects.Stroke(linewidth=2.2, foreground="white"),
-    patheffects.Normal(),
-]  # text over points and lines stays readable
+# Text over points and lines stays readable.
+HALO = [patheffects.Stroke(linewidth=2.2, foreground="white"), patheffects.Normal()]
 WIDTH = 4.4  # inches
 _STYLE: dict[Any, Any] = {
     "font.size": 9,

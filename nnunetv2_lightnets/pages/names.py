@@ -20,16 +20,10 @@ _LONGEST = 24  # characters beside a chart
 
 @dataclass(frozen=True)
 class Names:
-    """The names of a page.
+    """The names of a page."""
 
-    Attributes:
-        labels: the label of each name, in the order given; distinct, and never empty.
-        shared: what was left out of every label, to be said once: by ``trainer``, ``budget``, ``plans`` and
-            ``configuration``, in this order.
-    """
-
-    labels: dict[str, str]
-    shared: dict[str, str]
+    labels: dict[str, str]  # by name, in the order given; distinct, and never empty
+    shared: dict[str, str]  # left out of every label: the trainer, budget, plans and configuration, in this order
 
     def label(self, name: str) -> str:
         """The label of a name; a name that is not on the page is its own label."""

@@ -13,7 +13,7 @@ from nnunetv2_lightnets.files import write_atomically
 def template(
     package: str, name: str, filters: Mapping[str, Callable[..., str]], escape: Callable[[str], str] | None = None
 ) -> jinja2.Template:
-    """The template ``name`` of a package of ours; it may include the style sheet ``style.css``.
+    """The template ``name`` of a package of ours; a page extends ``page.html.jinja``.
 
     Args:
         package: where its folder ``templates`` is.
@@ -39,14 +39,9 @@ def template(
 
 
 def write_files(folder: Path, contents: Mapping[str, str]) -> list[Path]:
-    """Write files, each whole or not at all, into a folder that is made if it is not there.
+    """Write texts, by file name, into a folder that is made if it is not there; returns the files in this order.
 
-    Args:
-        folder: for the files; older ones of the same names are replaced.
-        contents: text of each file, by its name.
-
-    Returns:
-        The files, in this order.
+    Each is written whole or not at all. Older files of the same names are replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():

@@ -1,8 +1,12 @@
-"""Numbers and names as pages show them."""
+"""Numbers, names and rows as pages and files show them."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
@@ -26,3 +30,16 @@ def markdown(text: str) -> str:
     for special in "\\`*_[]<>|":
         text = text.replace(special, "\\" + special)
     return text
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """The rows, by column, as CSV with Unix line ends; what a row lacks, and None, becomes an empty field.
+
+    The columns are those named, or all that the rows have, in the order of their first appearance.
+    """
+    columns = columns or list(dict.fromkeys(column for row in rows for column in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

@@ -6,7 +6,7 @@ import pytest
 
 from nnunetv2_lightnets.pages.figures import series
 from nnunetv2_lightnets.pages.render import write_files
-from nnunetv2_lightnets.pages.tables import csv_text
+from nnunetv2_lightnets.pages.text import csv_text
 
 
 def test_results_differ_in_colour_or_marker():
