@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import math
 import os
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nnunetv2_lightnets.files import write_atomically
+from nnunetv2_lightnets.pages.text import csv_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,12 +116,7 @@ class Record:
             by_name[self._name(new)] = new
             print("  ".join(new.values()), flush=True)
         self.rows = list(by_name.values())
-        columns = dict.fromkeys(column for row in self.rows for column in row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.file, text.getvalue())
+        write_atomically(self.file, csv_text(self.rows))
 
 
 # ---- Put on a page ----
