@@ -178,17 +178,13 @@ class MambaLayer(nn.Module):
 
         All tokens at once would go to memory and back between any two steps, into pages that are cleared before.
         """
-        activate = _identity if activation is None else activation.with_moments_of(tokens)
+        activate = None if activation is None else activation.with_moments_of(tokens)
         out = tokens if overwrite else tokens.new_empty(*tokens.shape[:2], self.proj.out_features)
         stream = MambaStream(self.mamba)
         for block in token_blocks(tokens, 2 * self.mamba.d_inner):
-            x = activate(tokens[:, block])
+            x = tokens[:, block] if activate is None else activate(tokens[:, block])
             out[:, block] = self._project(stream(self.norm(x)), x)
         return out
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 class ResidualMambaBlock(nn.Module):
@@ -230,9 +226,8 @@ class Stem(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.depthwise = CONVOLUTION[spatial_dims](
-            in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False
-        )
+        convolution = CONVOLUTION[spatial_dims]
+        self.depthwise = convolution(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
         self.pointwise = nn.Linear(in_channels, out_channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,13 +53,13 @@ class Mamba(nn.Module):
         if scan:
             self._init_dt()
 
-    def _init_dt(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
-        """Draw the step sizes as the paper does (section 3.6): log-uniform in [dt_min, dt_max] after the softplus."""
+    @torch.no_grad()
+    def _init_dt(self) -> None:
+        """Draw the step sizes as the paper does (section 3.6): log-uniform in [1e-3, 0.1] after the softplus."""
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        dt = torch.empty(self.d_inner).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(_inverse_softplus(dt))
+        dt = torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
@@ -130,10 +130,6 @@ class MambaStream:
         u, delta, b, c, z = (x[:, old:] for x in self.mamba.scan_inputs(tokens))
         y, self._state = self.mamba.scan(u, delta, b, c, z, self._state)
         return self.mamba.project_out(y)
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

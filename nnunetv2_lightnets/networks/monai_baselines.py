@@ -84,10 +84,6 @@ class UNETR(MonaiNetwork):
     """UNETR, bound to one patch size by its position embedding: smaller images are padded to it, larger ones refused.
 
     Args:
-        spatial_dims: 2 or 3.
-        input_channels: channels of the image.
-        num_classes: channels of the logits.
-        deep_supervision: must be False.
         patch_size: of the training; rounded up to multiples of 16.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -12,10 +13,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 
 def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Product over all stages of per-axis strides, e.g. ((1, 2, 2), (2, 2, 2)) -> (2, 4, 4)."""
-    product = [1] * len(strides[0])
-    for stride in strides:
-        product = [p * s for p, s in zip(product, stride, strict=True)]
-    return tuple(product)
+    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
 
 
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:

@@ -167,9 +167,8 @@ class SwinUMamba(nn.Module):
         features = [x, stem, *(stage.permute(0, 3, 1, 2).contiguous() for stage in stages)]
         skips = [skip(feature) for skip, feature in zip(self.skips, features, strict=False)]
         bottom = features[-1] if self.bottleneck_decoder else skips.pop()
-        logits = crop_heads(
-            self.decoder(bottom, skips), size, [(scale, scale) for scale in self.deep_supervision_scales]
-        )
+        scales = [(scale, scale) for scale in self.deep_supervision_scales]
+        logits = crop_heads(self.decoder(bottom, skips), size, scales)
         return logits if self.decoder.deep_supervision else logits[0]
 
     def prepare_for_inference_(self) -> None:

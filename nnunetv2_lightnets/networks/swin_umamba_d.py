@@ -24,13 +24,7 @@ _BLOCKS = 2  # of each decoder stage
 
 
 class PatchExpand(nn.Module):
-    """Multiplies the resolution: a linear layer makes each pixel's vector those of a square of pixels.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        scale: side of the square.
-    """
+    """Multiplies the resolution: a linear layer makes each pixel's vector those of ``scale`` x ``scale`` pixels."""
 
     def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
@@ -56,14 +50,9 @@ class Head(nn.Conv2d):
 
 
 class SwinUMambaDDecoder(nn.Module):
-    """The decoder of VSS blocks and its heads.
+    """The decoder of VSS blocks and its heads; ``features`` are the channels of the encoder's stages, fine to coarse.
 
-    Args:
-        features: channels of the encoder's stages, fine to coarse.
-        num_classes: channels of each head.
-        d_state: size of each channel's hidden state.
-        drop_path_rate: stochastic depth falls over the blocks from this value to 0.
-        deep_supervision: return the logits of all heads instead of those at full resolution alone.
+    Stochastic depth falls over the blocks from ``drop_path_rate`` to 0.
     """
 
     def __init__(

@@ -47,18 +47,10 @@ class AxialDepthwise(nn.Module):
         convolution = nn.Conv2d if spatial_dims == 2 else AxialDepthwiseConv
         self.axes = nn.ModuleList()
         for axis in range(spatial_dims):
-            kernel, padding = [1] * spatial_dims, [0] * spatial_dims
-            kernel[axis] = kernel_size
-            padding[axis] = dilation * (kernel_size // 2)
+            kernel: Any = tuple(kernel_size if other == axis else 1 for other in range(spatial_dims))
+            padding: Any = tuple(dilation * (size // 2) for size in kernel)
             self.axes.append(
-                convolution(
-                    channels,
-                    channels,
-                    tuple(kernel),  # type: ignore[arg-type]
-                    padding=tuple(padding),  # type: ignore[arg-type]
-                    dilation=dilation,
-                    groups=channels,
-                )
+                convolution(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -336,18 +328,14 @@ class ULite(nn.Module):
             "b5.pw2": "bottleneck.expand",
         }
         for branch in range(len(DILATIONS)):
-            for axis, letter in enumerate("hw"):
-                ours[f"b5.dw{branch + 1}.dw_{letter}"] = f"bottleneck.branches.{branch}.axes.{axis}"
+            ours[f"b5.dw{branch + 1}"] = f"bottleneck.branches.{branch}"
         for level in range(depth):
-            encoder, decoder = f"encoder.{level}", f"decoder.stages.{depth - 1 - level}"
-            ours[f"e{level + 1}.bn"] = f"{encoder}.norm"
-            ours[f"e{level + 1}.pw"] = f"{encoder}.pointwise"
-            ours[f"d{level + 1}.bn"] = f"{decoder}.norm"
-            ours[f"d{level + 1}.pw"] = f"{decoder}.reduce"
-            ours[f"d{level + 1}.pw2"] = f"{decoder}.pointwise"
-            for axis, letter in enumerate("hw"):
-                ours[f"e{level + 1}.dw.dw_{letter}"] = f"{encoder}.axial.axes.{axis}"
-                ours[f"d{level + 1}.dw.dw_{letter}"] = f"{decoder}.axial.axes.{axis}"
+            for theirs, own in (("bn", "norm"), ("pw", "pointwise"), ("dw", "axial")):
+                ours[f"e{level + 1}.{theirs}"] = f"encoder.{level}.{own}"
+            for theirs, own in (("bn", "norm"), ("pw", "reduce"), ("pw2", "pointwise"), ("dw", "axial")):
+                ours[f"d{level + 1}.{theirs}"] = f"decoder.stages.{depth - 1 - level}.{own}"
+        for theirs, own in list(ours.items()):  # those that are axial have two convolutions
+            ours |= {f"{theirs}.dw_h": f"{own}.axes.0", f"{theirs}.dw_w": f"{own}.axes.1"}
         renamed = {}
         for key, value in state_dict.items():
             module, _, leaf = key.rpartition(".")

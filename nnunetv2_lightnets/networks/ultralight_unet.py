@@ -72,24 +72,12 @@ class DepthwiseBranch(nn.Module):
         y = x * weight.transpose(0, 1) if weight[0].numel() == 1 else depthwise_convolution(x, self.convolution)
         return F.relu6(self.norm(y), inplace=True)
 
-    def prepared(self) -> PreparedBranch | PreparedAffineBranch:
+    def prepared(self) -> nn.Module:
         """The same for prediction."""
         if self.convolution.weight[0].numel() > 1:
-            return PreparedBranch(fold_norm(self.convolution, self.norm))
+            return nn.Sequential(fold_norm(self.convolution, self.norm), nn.ReLU6(inplace=True))
         scale, shift = norm_as_affine(self.norm)
         return PreparedAffineBranch(scale * self.convolution.weight.flatten(), shift, self.convolution.weight.ndim)
-
-
-class PreparedBranch(nn.Module):
-    """Depthwise convolution and ReLU6, in place."""
-
-    def __init__(self, convolution: nn.Module) -> None:
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, C, *spatial) -> the same shape."""
-        return F.relu6(self.convolution(x), inplace=True)
 
 
 class PreparedAffineBranch(nn.Module):
@@ -277,22 +265,13 @@ class DecoderStage(nn.Module):
     """Channel attention, a multi-kernel block, upsampling, and the gated skip connection where there is one."""
 
     def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        *,
-        ratio: int,
-        kernel_sizes: Sequence[int],
-        expansion: int,
-        gag_kernel: int | None,
-        spatial_dims: int,
-        stride: Sequence[int],
+        self, attention: ChannelAttention, block: MultiKernelBlock, gate: AttentionGate | None, stride: Sequence[int]
     ) -> None:
         super().__init__()
         self.stride = tuple(stride)
-        self.attention = ChannelAttention(channels, ratio, spatial_dims)
-        self.block = MultiKernelBlock(channels, out_channels, kernel_sizes, expansion, spatial_dims)
-        self.gate = None if gag_kernel is None else AttentionGate(out_channels, gag_kernel, spatial_dims)
+        self.attention = attention
+        self.block = block
+        self.gate = gate
 
     def forward(self, x: Tensor, spatial_attention: SpatialAttention, skip: Tensor | None) -> Tensor:
         """``x`` (B, C, *spatial) -> (B, C', *spatial * stride)."""
@@ -312,7 +291,6 @@ class Decoder(nn.Module):
         self,
         channels: Sequence[int],
         num_classes: int,
-        *,
         kernel_sizes: Sequence[int],
         expansion: int,
         gag_kernel: int,
@@ -322,19 +300,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision = False
         self.spatial_attention = SpatialAttention(spatial_dims)
-        self.stages = nn.ModuleList(
-            DecoderStage(
-                channels[level],
-                channels[max(level - 1, 0)],
-                ratio=ATTENTION_RATIOS[level],
-                kernel_sizes=kernel_sizes,
-                expansion=expansion,
-                gag_kernel=gag_kernel if level > 0 else None,  # there is no skip connection at full resolution
-                spatial_dims=spatial_dims,
-                stride=strides[level],
-            )
-            for level in reversed(range(len(channels)))
-        )
+        self.stages = nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            c_in, c_out = channels[level], channels[max(level - 1, 0)]
+            attention = ChannelAttention(c_in, ATTENTION_RATIOS[level], spatial_dims)
+            block = MultiKernelBlock(c_in, c_out, kernel_sizes, expansion, spatial_dims)
+            gate = AttentionGate(c_out, gag_kernel, spatial_dims) if level else None  # full resolution has no skip
+            self.stages.append(DecoderStage(attention, block, gate, strides[level]))
         self.seg_layers = nn.ModuleList([CONVOLUTION[spatial_dims](channels[0], num_classes, 1)])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
@@ -404,27 +376,11 @@ class UltraLightUNet(nn.Module):
         self.total_stride = total_stride(self.strides)
         self.encoder = nn.ModuleList()
         for shallow, deep, depth in zip((input_channels, *channels[:-1]), channels, depths, strict=True):
-            self.encoder.append(
-                nn.Sequential(
-                    *(
-                        MultiKernelBlock(deep if block else shallow, deep, kernel_sizes, expansion, spatial_dims)
-                        for block in range(depth)
-                    )
-                )
-            )
-        self.decoder = Decoder(
-            channels,
-            num_classes,
-            kernel_sizes=kernel_sizes,
-            expansion=expansion,
-            gag_kernel=gag_kernel,
-            spatial_dims=spatial_dims,
-            strides=self.strides,
-        )
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """As published: normal with standard deviation 0.02, biases 0; the head keeps torch's default."""
+            inputs = (shallow, *[deep] * (depth - 1))
+            blocks = (MultiKernelBlock(c, deep, kernel_sizes, expansion, spatial_dims) for c in inputs)
+            self.encoder.append(nn.Sequential(*blocks))
+        self.decoder = Decoder(channels, num_classes, kernel_sizes, expansion, gag_kernel, spatial_dims, self.strides)
+        # As published: normal with standard deviation 0.02, biases 0; the head keeps torch's default.
         head = set(self.decoder.seg_layers.modules())
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d) and module not in head:

@@ -14,7 +14,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,9 @@ class InstanceNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with instance norms around a shortcut: a 1x1 convolution, or nothing where shapes stay.
+    """Two convolutions with instance norms around a shortcut: the input itself, or with a ``stride`` a 1x1 convolution.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel: size of the kernels along each axis, odd.
-        stride: of the first convolution; None for a block whose shortcut is the input itself.
+    Kernels are odd along each axis.
     """
 
     def __init__(
@@ -77,11 +73,8 @@ class ResidualBlock(nn.Module):
 def _convolution(
     in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int] | None = None
 ) -> Convolution:
-    padding = tuple(k // 2 for k in kernel)
-    convolution: Any = CONVOLUTION[len(kernel)]
-    return cast(
-        Convolution, convolution(in_channels, out_channels, tuple(kernel), tuple(stride or (1,) * len(kernel)), padding)
-    )
+    sizes: Any = (tuple(kernel), tuple(stride or (1,) * len(kernel)), tuple(k // 2 for k in kernel))
+    return CONVOLUTION[len(kernel)](in_channels, out_channels, *sizes)
 
 
 def _stage(
@@ -239,33 +232,6 @@ class UMamba(nn.Module, ABC):
         n_stages = len(features)
         kernel_sizes = kernel_sizes or ((3,) * spatial_dims,) * n_stages
         strides = strides or ((1,) * spatial_dims, *((2,) * spatial_dims,) * (n_stages - 1))
-        self._check(spatial_dims, features, kernel_sizes, strides, patch_size)
-        self.strides = tuple(tuple(stride) for stride in strides)
-        self.multiple = total_stride(self.strides)
-        self._head_scales = tuple(
-            tuple(1 / s for s in total_stride(self.strides[: head + 1])) for head in range(n_stages - 1)
-        )
-        self.bound_to: tuple[int, ...] | None = None  # the only size that the parameters fit
-        self.encoder = Encoder(
-            input_channels, features, kernel_sizes, strides, self._mamba_layers(spatial_dims, features, patch_size)
-        )
-        self.decoder = Decoder(features, kernel_sizes, strides, num_classes, deep_supervision)
-        self._initialise()
-
-    @abstractmethod
-    def _mamba_layers(
-        self, spatial_dims: int, features: Sequence[int], patch_size: Sequence[int] | None
-    ) -> dict[int, MambaLayer]:
-        """The Mamba layers, by their stage."""
-
-    def _check(
-        self,
-        spatial_dims: int,
-        features: Sequence[int],
-        kernel_sizes: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]],
-        patch_size: Sequence[int] | None,
-    ) -> None:
         if len(features) < 2 or not len(features) == len(kernel_sizes) == len(strides):
             raise LightNetsError(
                 f"{self.name} takes as many kernel_sizes and strides as features, and at least two, got "
@@ -279,14 +245,24 @@ class UMamba(nn.Module, ABC):
                 f"{self.name} in {spatial_dims}D takes {spatial_dims} positive numbers for each kernel (odd), stride "
                 f"and the patch size, got {kernel_sizes}, {strides} and {patch_size}"
             )
-
-    def _initialise(self) -> None:
-        """As published: He's for all convolutions of images but not for those of tokens, biases 0."""
-        for module in self.modules():
+        self.strides = tuple(tuple(stride) for stride in strides)
+        self.multiple = total_stride(self.strides)
+        self._head_scales = tuple(
+            tuple(1 / s for s in total_stride(self.strides[: head + 1])) for head in range(n_stages - 1)
+        )
+        self.bound_to: tuple[int, ...] | None = None  # the only size that the parameters fit
+        mamba = self._mamba_layers(features, patch_size)
+        self.encoder = Encoder(input_channels, features, kernel_sizes, strides, mamba)
+        self.decoder = Decoder(features, kernel_sizes, strides, num_classes, deep_supervision)
+        for module in self.modules():  # as published: He's values for images' convolutions, torch's own for tokens'
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, a=_SLOPE)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @abstractmethod
+    def _mamba_layers(self, features: Sequence[int], patch_size: Sequence[int] | None) -> dict[int, MambaLayer]:
+        """The Mamba layers, by their stage."""
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits of ``x`` (B, channels, *spatial): (B, num_classes, *spatial), or a list from fine to coarse.
@@ -294,14 +270,10 @@ class UMamba(nn.Module, ABC):
         Raises:
             LightNetsError: if ``x`` is larger than what the parameters are bound to.
         """
-        logits: list[Tensor] = self.decoder(self.encoder(self._padded(x)))
-        logits = crop_heads(logits, x.shape[2:], self._head_scales)
+        bound = self.bound_to
+        padded = pad_to_multiple(x, self.multiple) if bound is None else pad_to_bound(x, bound, self.name)
+        logits = crop_heads(self.decoder(self.encoder(padded)), x.shape[2:], self._head_scales)
         return logits if self.decoder.deep_supervision else logits[0]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        if self.bound_to is None:
-            return pad_to_multiple(x, self.multiple)
-        return pad_to_bound(x, self.bound_to, self.name)
 
     def from_official(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The authors' state dict under our names; it has most tensors two or three times."""
@@ -329,9 +301,7 @@ class UMambaBot(UMamba):
 
     name = "umamba_bot"
 
-    def _mamba_layers(
-        self, spatial_dims: int, features: Sequence[int], patch_size: Sequence[int] | None
-    ) -> dict[int, MambaLayer]:
+    def _mamba_layers(self, features: Sequence[int], patch_size: Sequence[int] | None) -> dict[int, MambaLayer]:
         return {len(features) - 1: MambaLayer(features[-1])}
 
 
@@ -353,14 +323,12 @@ class UMambaEnc(UMamba):
 
     name = "umamba_enc"
 
-    def _mamba_layers(
-        self, spatial_dims: int, features: Sequence[int], patch_size: Sequence[int] | None
-    ) -> dict[int, MambaLayer]:
+    def _mamba_layers(self, features: Sequence[int], patch_size: Sequence[int] | None) -> dict[int, MambaLayer]:
         n_stages, layers = len(features), {}
         if patch_size is not None:
             padded = tuple(math.ceil(side / m) * m for side, m in zip(patch_size, self.multiple, strict=True))
         for stage, channels in enumerate(features):
-            if spatial_dims == 2 and stage % 2 == n_stages % 2:
+            if len(self.multiple) == 2 and stage % 2 == n_stages % 2:
                 continue
             voxels = None
             if patch_size is not None:

@@ -11,6 +11,7 @@ reads whole pixels. Parameters carry VMamba's own names and shapes, so that its 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -27,8 +28,7 @@ DIRECTIONS = len(CROSS_SCAN)  # along rows, along columns, and both backwards
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., 2016): in training, drops a whole residual branch per sample.
 
-    Args:
-        probability: chance of dropping, 0 to below 1. What is kept is scaled by ``1 / (1 - probability)``.
+    What is kept is scaled by ``1 / (1 - probability)``.
     """
 
     def __init__(self, probability: float) -> None:
@@ -230,20 +230,16 @@ class VSSMEncoder(nn.Module):
         return features
 
     def vmamba_keys(self) -> dict[str, str]:
-        """From each key of VMamba's first published checkpoints to the key of this module that it belongs to."""
-        return {_vmamba_name(name): name for name, _ in self.named_parameters()}
+        """From each key of VMamba's first published checkpoints to the key of this module that it belongs to.
+
+        VMamba keeps the merging after a stage inside it: ``layers.0.downsample`` for ``downsamples.0``.
+        """
+        names = (name for name, _ in self.named_parameters())
+        return {re.sub(r"^downsamples\.(\d+)\.", r"layers.\1.downsample.", name): name for name in names}
 
     def pretrained_names(self) -> Iterator[str]:
         """Names of the parameters that are frozen at first: all but the patch embedding's."""
         return (name for name, _ in self.named_parameters() if not name.startswith("patch_embed."))
-
-
-def _vmamba_name(name: str) -> str:
-    """VMamba's name: it keeps the merging after a stage inside it, ``layers.0.downsample`` for ``downsamples.0``."""
-    if name.startswith("downsamples."):
-        _, stage, rest = name.split(".", 2)
-        return f"layers.{stage}.downsample.{rest}"
-    return name
 
 
 def check_pyramid(network: str, dims: Sequence[int], depths: Sequence[int]) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops import causal_conv1d_native as native
 from nnunetv2_lightnets.ops.library import define, define_backward
-from nnunetv2_lightnets.ops.native_library import unavailable as native_unavailable
 from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend
 from nnunetv2_lightnets.ops.tensors import compute_dtype, in_layout_of, in_one_line
 
@@ -49,16 +48,20 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """
     if activation not in (None, "silu"):
         raise LightNetsError(f"causal_conv1d: activation is {activation!r}; it must be None or 'silu'")
+    _check(x, weight, bias)
+    if x.is_cuda and not torch.compiler.is_compiling() and _package_takes(x, weight):
+        dtype = compute_dtype(x)
+        return _package()(x, weight.to(dtype), None if bias is None else bias.to(dtype), activation=activation)
+    return cast(Tensor, torch.ops.nnunetv2_lightnets.causal_conv1d(x, weight, bias, activation is not None))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 3 or not x.numel() or not x.is_floating_point():
         raise LightNetsError(f"causal_conv1d: x is {x.dtype} {tuple(x.shape)}; it must be real (B, D, L), not empty")
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:
         raise LightNetsError(f"causal_conv1d: weight has shape {tuple(weight.shape)}, expected ({x.shape[1]}, any)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise LightNetsError(f"causal_conv1d: bias has shape {tuple(bias.shape)}, expected ({x.shape[1]},)")
-    if x.is_cuda and not torch.compiler.is_compiling() and _package_takes(x, weight):
-        dtype = compute_dtype(x)
-        return _package()(x, weight.to(dtype), None if bias is None else bias.to(dtype), activation=activation)
-    return cast(Tensor, torch.ops.nnunetv2_lightnets.causal_conv1d(x, weight, bias, activation is not None))
 
 
 PACKAGE_DEVICE = "cuda"
@@ -111,15 +114,6 @@ def _package_takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _use_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (
-        x.device.type == "cpu"
-        and forced_backend() not in ("torch", "reference")
-        and native_unavailable() is None
-        and native.refuses(x, weight, bias) is None
-    )
-
-
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Shifted multiply-adds, in the compute dtype."""
     dtype = compute_dtype(x)
@@ -152,18 +146,20 @@ def _backward(
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    if _use_native(x, weight, bias):
-        return in_layout_of(x, native.forward(x, weight, bias, silu))
+    _check(x, weight, bias)
+    if forced_backend() not in ("torch", "reference") and native.takes(x, weight, bias):
+        return native.forward(x, weight, bias, silu)
     return in_layout_of(x, _forward(x, weight, bias, silu))
 
 
 def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _use_native(x, weight, bias):
-        dx, dweight, dbias = native.backward(grad, x, weight, bias, silu)
-    else:
-        dx, dweight, dbias = _backward(grad, x, weight, bias, silu)
+    _check(x, weight, bias)
+    if grad.shape != x.shape:
+        raise LightNetsError(f"causal_conv1d, backward: grad has shape {tuple(grad.shape)}, and x has {tuple(x.shape)}")
+    by_native = forced_backend() not in ("torch", "reference") and native.takes(x, weight, bias, grad)
+    dx, dweight, dbias = (native.backward if by_native else _backward)(grad, x, weight, bias, silu)
     return (
         in_layout_of(x, dx),
         in_layout_of(weight, dweight),
@@ -182,10 +178,6 @@ def _conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, None if bias is None else dbias, None
 
 
-def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _conv_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +187,7 @@ def _conv_backward_fake(
 define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu) -> Tensor",
     _conv,
-    _conv_fake,
+    lambda x, *_: torch.empty_like(x),
     _conv_setup,
     _conv_grad,
 )

@@ -25,7 +25,6 @@ from torch.utils.flop_counter import register_flop_formula
 from nnunetv2_lightnets.ops.library import NAMESPACE
 
 Shape = tuple[int, ...]
-Formula = Callable[..., int]
 
 
 def _scan_macs(states: int, skips: int, u: Shape, A: Shape, D: Shape | None) -> int:
@@ -54,16 +53,14 @@ def conv_backward_flops(grad_y: Shape, x: Shape, weight: Shape, *_: Any, **__: A
     return 2 * conv_flops(x, weight)
 
 
-_FORMULAS: dict[str, Formula] = {
-    "selective_scan": scan_flops,
-    "selective_scan_backward": scan_backward_flops,
-    "causal_conv1d": conv_flops,
-    "causal_conv1d_backward": conv_backward_flops,
-}
-
-
 @cache
 def register_flop_formulas() -> None:
     """Register the formulas, once. To be called before a counter is made, which copies the formulas that it finds."""
-    for name, formula in _FORMULAS.items():
+    formulas: dict[str, Callable[..., int]] = {
+        "selective_scan": scan_flops,
+        "selective_scan_backward": scan_backward_flops,
+        "causal_conv1d": conv_flops,
+        "causal_conv1d_backward": conv_backward_flops,
+    }
+    for name, formula in formulas.items():
         register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(formula)

@@ -34,45 +34,42 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _WORTH_HUGE_PAGES = 4 << 20  # bytes; of less, an unaligned tensor may fill no huge page
 
 
-class TensorStruct(ctypes.Structure):
-    """``ln_tensor``: strides in elements; ``outer`` is that of directions or groups."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("outer", ctypes.c_int64),
-        ("channel", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-    )
-
-
-def _struct(name: str, *fields: str) -> type[ctypes.Structure]:
-    """A structure from "name" (int64), "name*" (pointer) and "name[]" (ln_tensor)."""
-    types: list[tuple[str, type]] = []
-    for field in fields:
-        if field.endswith("*"):
-            types.append((field[:-1], ctypes.c_void_p))
-        elif field.endswith("[]"):
-            types.append((field[:-2], TensorStruct))
-        else:
-            types.append((field, ctypes.c_int64))
-    return type(name, (ctypes.Structure,), {"_fields_": types})
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
 
 
 # As in csrc/lightnets.h.
-ScanStruct = _struct(
-    "ScanStruct",
-    *("batch", "directions", "groups", "channels", "length", "states", "softplus", "threads", "order*"),
-    *("u[]", "delta[]", "z[]", "B[]", "C[]", "A*", "D*", "delta_bias*", "out[]"),
-    *("initial_state*", "last_state*", "checkpoints*"),
-    *("grad_out[]", "du[]", "ddelta[]", "dz[]", "dB[]", "dC[]", "dA*", "dD*", "ddelta_bias*"),
-)
-ConvStruct = _struct(
-    "ConvStruct",
-    *("batch", "channels", "length", "width", "silu", "threads", "x[]", "y[]", "weight*", "bias*"),
-    *("grad_y[]", "dx[]", "dweight*", "dbias*"),
-)
+class TensorStruct(ctypes.Structure):
+    """``ln_tensor``: strides in elements; ``outer`` is that of directions or groups."""
+
+    _fields_ = (*_fields(ctypes.c_void_p, "data"), *_fields(ctypes.c_int64, "batch outer channel token dtype"))
+
+
+class ScanStruct(ctypes.Structure):
+    """``ln_scan``."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch directions groups channels length states softplus threads"),
+        *_fields(ctypes.c_void_p, "order"),
+        *_fields(TensorStruct, "u delta z B C"),
+        *_fields(ctypes.c_void_p, "A D delta_bias"),
+        *_fields(TensorStruct, "out"),
+        *_fields(ctypes.c_void_p, "initial_state last_state checkpoints"),
+        *_fields(TensorStruct, "grad_out du ddelta dz dB dC"),
+        *_fields(ctypes.c_void_p, "dA dD ddelta_bias"),
+    )
+
+
+class ConvStruct(ctypes.Structure):
+    """``ln_conv``."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch channels length width silu threads"),
+        *_fields(TensorStruct, "x y"),
+        *_fields(ctypes.c_void_p, "weight bias"),
+        *_fields(TensorStruct, "grad_y dx"),
+        *_fields(ctypes.c_void_p, "dweight dbias"),
+    )
 
 
 @cache

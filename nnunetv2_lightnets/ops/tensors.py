@@ -13,7 +13,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def in_layout_of(like: Tensor, result: Tensor) -> Tensor:
     """``result`` in the dtype and memory layout of ``torch.empty_like(like)``, copied only where it is not so."""
-    strides = torch.empty_like(like, device="meta").stride()
+    strides = like.stride() if like.is_contiguous() else torch.empty_like(like, device="meta").stride()
     if result.dtype == like.dtype and result.stride() == strides:
         return result
     return torch.empty_like(like).copy_(result)

@@ -144,6 +144,24 @@ def test_misuse_is_named():
             causal_conv1d(*arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operator_checks_what_its_kernels_rely_on(backend):
+    """A graph calls it without the public function; a weight of one channel would broadcast, or be read beyond."""
+    x, weight, bias = _random(2, 4, 20, 3)
+    operators = torch.ops.nnunetv2_lightnets
+    with use_backend(backend):
+        for bad_weight, bad_bias, message in (
+            (weight[:1], bias, "weight has shape"),
+            (weight, bias[:1], "bias has shape"),
+        ):
+            with pytest.raises(LightNetsError, match=message):
+                operators.causal_conv1d(x, bad_weight, bad_bias, True)
+            with pytest.raises(LightNetsError, match=message):
+                operators.causal_conv1d_backward(x, x, bad_weight, bad_bias, True)
+        with pytest.raises(LightNetsError, match="grad has shape"):
+            operators.causal_conv1d_backward(x[:, :, 1:], x, weight, bias, True)
+
+
 @pytest.fixture
 def fake_package(monkeypatch):
     """Installs a function as that of the package causal-conv1d, with CPU tensors standing for those of a GPU."""

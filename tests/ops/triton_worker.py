@@ -207,7 +207,7 @@ def start_errors(segments: int, reverse: bool, given: bool) -> float:
     _settings(16, 32)
     torch.manual_seed(0)
     plain = plain_scan(2, 3, 1, 5)
-    scan = triton_scan._Prepared.of(plain)
+    scan = triton_scan._Prepared(plain)
     ends, dt_sums = torch.randn(2, segments, 5, 3).double(), torch.rand(2, segments, 3).double()
     first = torch.randn(2, 1, 5, 3).double() if given else None
     found = triton_scan._starts(scan, ends, dt_sums, first, reverse)

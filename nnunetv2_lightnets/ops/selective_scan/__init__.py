@@ -151,26 +151,17 @@ def directional_scan(
 
 def _run(tensors: Tensors, order: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor]:
     """Output in the dtype of ``u``, and last state, of a scan whose tensors may have any floating dtypes."""
-    scan = _cast(*tensors)
+    scan = _cast(tensors)
     save_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in scan)
     operator = torch.ops.nnunetv2_lightnets.selective_scan
     out, last_state, *_ = operator(*scan, order, delta_softplus, save_states, torch.compiler.is_compiling())
     return _to(out, tensors[0].dtype), last_state
 
 
-def _cast(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> Tensors:
+def _cast(tensors: Tensors) -> Tensors:
     """Tensors with tokens in their widest dtype, parameters and the initial state in the compute dtype."""
-    for tensor in (u, delta, A, B, C, D, z, delta_bias, initial_state):
+    u, delta, A, B, C, D, z, delta_bias, initial_state = tensors
+    for tensor in tensors:
         if tensor is not None and not tensor.is_floating_point():
             raise LightNetsError(f"selective scan: got {tensor.dtype}; arguments must be real floating-point tensors")
     dtype = u.dtype

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunetv2_lightnets.ops.selective_scan import reference
 from nnunetv2_lightnets.ops.selective_scan.gather import with_orders, with_orders_backward
 from nnunetv2_lightnets.ops.selective_scan.record import CHUNK, Gradients, Scan, n_chunks, saved_states
-from nnunetv2_lightnets.ops.tensors import in_layout_of
 
 NAME = "torch"
 
@@ -41,14 +41,8 @@ WIDTH_ELSEWHERE = 256 * 1024
 LOG2_E = math.log2(math.e)
 
 
-def unavailable() -> str | None:
-    """Torch's own operations run wherever torch does."""
-    return None
-
-
-def refuses(scan: Scan) -> str | None:
-    """Takes every call."""
-    return None
+# It runs wherever torch does and takes every call, as the reference.
+unavailable, refuses = reference.unavailable, reference.refuses
 
 
 class _Block(NamedTuple):
@@ -207,10 +201,10 @@ def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
 @with_orders_backward
 def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
     """Gradients of the scan's tensors; the states inside a block are computed again."""
-    u, delta, A, B, C, D, z, delta_bias, initial_state = scan.tensors()
+    u, delta, A, B, C, D, z, _, initial_state = scan.tensors()
     grad_out, grad_last_state = grads
     dtype = scan.dtype
-    batch, channels, length = u.shape
+    batch, _, length = u.shape
     groups, state = B.shape[1:3]
     A_grouped = _grouped(A, groups).transpose(2, 3).contiguous()  # (G, 1, N, X)
     A2 = A_grouped * LOG2_E
@@ -279,17 +273,8 @@ def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) ->
         dbias += dstep.sum((0, 1, 3)).flatten()
         block.store(dstep, ddelta)
 
-    return (
-        du,
-        ddelta,
-        in_layout_of(A, dA.transpose(2, 3).reshape(channels, state)),
-        in_layout_of(B, dB.view_as(B)),
-        in_layout_of(C, dC.view_as(C)),
-        None if D is None else in_layout_of(D, dD),
-        dz,
-        None if delta_bias is None else in_layout_of(delta_bias, dbias),
-        None if initial_state is None else in_layout_of(initial_state, _carried_out(carried)),
-    )
+    dinitial = None if initial_state is None else _carried_out(carried)
+    return scan.gradients(du, ddelta, dA.transpose(2, 3), dB, dC, dD, dz, dbias, dinitial)
 
 
 def _carried_in(given: Tensor | None, A: Tensor, batch: int, groups: int) -> Tensor:

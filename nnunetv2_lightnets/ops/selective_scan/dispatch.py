@@ -30,7 +30,6 @@ _MODULES = {
 }
 NAMES = tuple(_MODULES)
 _PREFERRED = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("native", "torch")}
-_PREFERRED_ELSEWHERE = ("torch",)
 
 _forced: ContextVar[str] = ContextVar("nnunetv2_lightnets_scan_backend", default="")
 _announced: set[tuple[str, str]] = set()
@@ -121,20 +120,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str:
     """The backend that :func:`use_backend` or the environment forces here, "" if none."""
-    name = _forced.get()
-    if not name:
-        name = os.environ.get(ENVIRONMENT_VARIABLE, "")
-        if name:
-            _check_name(name, ENVIRONMENT_VARIABLE)
+    name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if name:
+        _check_name(name, ENVIRONMENT_VARIABLE)
     return name
-
-
-def _accepting(name: str, scan: Scan) -> Backend | str:
-    """A backend that takes the scan here, or the reason why it does not."""
-    backend = _find(name)
-    if isinstance(backend, str):
-        return backend
-    return backend.refuses(scan) or backend
 
 
 def choose(scan: Scan, forced: str = "") -> Backend:
@@ -150,8 +139,10 @@ def choose(scan: Scan, forced: str = "") -> Backend:
     forced = forced or forced_backend()
     device = scan.u.device.type
     refusals: list[str] = []
-    for name in (forced,) if forced else _PREFERRED.get(device, _PREFERRED_ELSEWHERE):
-        backend = _accepting(name, scan)
+    for name in (forced,) if forced else _PREFERRED.get(device, ("torch",)):
+        backend = _find(name)
+        if not isinstance(backend, str):
+            backend = backend.refuses(scan) or backend
         if not isinstance(backend, str):
             if (device, name) not in _announced:
                 _announce(device, name, forced, "; ".join(refusals))

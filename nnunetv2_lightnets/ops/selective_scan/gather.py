@@ -109,17 +109,13 @@ def with_orders_backward(backward: Backward) -> Backward:
         grad_out = take_tokens(grad_out, scan.order).flatten(1, 2)
         du, ddelta, dA, dB, dC, *others = backward(plain, (grad_out, grad_last_state), states)
         assert du is not None and ddelta is not None and dB is not None and dC is not None
-        in_image_order = (
+        return scan.gradients(
             put_tokens(torch.unflatten(du, 1, (scan.directions, -1)), scan.order).sum(1, dtype=scan.dtype),
             put_tokens(torch.unflatten(ddelta, 1, (scan.directions, -1)), scan.order),
             dA,
             put_tokens(dB, scan.order),
             put_tokens(dC, scan.order),
             *others,
-        )
-        return tuple(
-            None if x is None or grad is None else in_layout_of(x, grad.view(x.shape))
-            for x, grad in zip(scan.tensors(), in_image_order, strict=True)
         )
 
     return run

@@ -88,15 +88,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _run(scan: Scan) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor, Tensor]:
     """Arguments as the kernel reads them, gated output, output before the gate, and the kernel's own states."""
-    u, delta, A, B, C, D, z, delta_bias, _ = scan.tensors()
-    arguments = (
-        *(_rows(x) for x in (u, delta)),
-        A.contiguous(),
-        *(_rows(x) for x in (B, C)),
-        None if D is None else D.contiguous(),
-        None if z is None else _rows(z),
-        None if delta_bias is None else delta_bias.contiguous(),
-    )
+    u, delta, B, C, z = (None if x is None else _rows(x) for x in (scan.u, scan.delta, scan.B, scan.C, scan.z))
+    A, D, delta_bias = (None if x is None else x.contiguous() for x in (scan.A, scan.D, scan.delta_bias))
+    arguments = (u, delta, A, B, C, D, z, delta_bias)
     out, own_states, *gated = _kernel().fwd(*arguments, scan.delta_softplus)
     return arguments, gated[0] if gated else out, out, own_states
 
@@ -118,17 +112,7 @@ def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) ->
     arguments, _, out, own_states = _run(scan)
     gate_output, gate_gradient, recompute_gated_output = None if scan.z is None else out, None, False
     du, ddelta, dA, dB, dC, dD, ddelta_bias, *dz = _kernel().bwd(
-        *arguments,
-        _rows(grad_out),
-        own_states,
-        gate_output,
-        gate_gradient,
-        scan.delta_softplus,
-        recompute_gated_output,
+        *(*arguments, _rows(grad_out), own_states, gate_output, gate_gradient),
+        *(scan.delta_softplus, recompute_gated_output),
     )
-    return tuple(
-        None if x is None else in_layout_of(x, grad)
-        for x, grad in zip(
-            scan.tensors(), (du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, ddelta_bias, None), strict=True
-        )
-    )
+    return scan.gradients(du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, ddelta_bias, None)

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.ops.tensors import compute_dtype
+from nnunetv2_lightnets.ops.tensors import compute_dtype, in_layout_of
 
 CHUNK = 64
 """Tokens between two states that the forward pass saves for the backward pass."""
 
-Tensors = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]  # fmt: skip
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor | None, ...]
 """Gradients of :meth:`Scan.tensors`, in their order; None where there is no such tensor."""
 
@@ -49,6 +47,13 @@ class Scan:
     def tensors(self) -> Tensors:
         """The tensors that have gradients."""
         return (self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias, self.initial_state)
+
+    def gradients(self, *found: Tensor | None) -> Gradients:
+        """``found`` for :meth:`tensors`, in the shape, dtype and memory layout of each."""
+        return tuple(
+            None if x is None or gradient is None else in_layout_of(x, gradient.reshape(x.shape))
+            for x, gradient in zip(self.tensors(), found, strict=True)
+        )
 
     @property
     def directions(self) -> int:

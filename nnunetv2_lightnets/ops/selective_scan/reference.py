@@ -120,7 +120,7 @@ def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) ->
     if s.delta_softplus:
         dstep = dstep * torch.where(raw > 20, 1.0, torch.sigmoid(raw))  # torch's softplus is linear above 20
     groups = s.B.shape[1] // s.directions
-    gradients = (
+    return scan.gradients(
         _in_image_order(du, s).sum(1),
         _in_image_order(dstep, s),
         dA,
@@ -129,8 +129,4 @@ def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) ->
         dz,
         None if s.delta_bias is None else dstep.sum((0, 1)),
         None if s.initial_state is None else dh,
-    )
-    return tuple(
-        None if x is None or grad is None else in_layout_of(x, grad.reshape(x.shape))
-        for x, grad in zip(scan.tensors(), gradients, strict=True)
     )

@@ -77,11 +77,8 @@ def sigmoid(x):
 @triton.jit
 def offsets(order_row, t, length):
     """Offsets in memory (64-bit, in tokens) of the tokens t."""
-    if order_row is None:
-        offset = tl.cast(t, tl.int64)
-    else:
-        offset = tl.load(order_row + t, mask=t < length, other=0).to(tl.int64)
-    return offset
+    offset = t if order_row is None else tl.load(order_row + t, mask=t < length, other=0)
+    return tl.cast(offset, tl.int64)
 
 
 @triton.jit
@@ -165,12 +162,8 @@ def segment_ends_kernel(
         directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
     )
     a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
-    order_row = order
-    if order is not None:
-        order_row = order + k * length
-    step_bias = bias
-    if bias is not None:
-        step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
+    order_row = None if order is None else order + k * length
+    step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
     b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
@@ -217,21 +210,15 @@ def forward_kernel(
         directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
     )
     a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
-    order_row = order
-    if order is not None:
-        order_row = order + k * length
-    step_bias = bias
-    if bias is not None:
-        step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
-    if skip is not None:
-        skip_d = tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
+    order_row = None if order is None else order + k * length
+    step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
+    skip_d = None if skip is None else tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
     b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
     c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
     out_rows = out + batch * out_batch + k * out_k + d * out_d
-    if z is not None:
-        z_rows = z + batch * z_batch + d * z_d
+    z_rows = None if z is None else z + batch * z_batch + d * z_d
 
     if starts is None:
         h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -304,9 +291,7 @@ def carry_kernel(
     first = this_run * run
     count = tl.minimum(run, segments - first)
     for i in range(count):
-        segment = first + i
-        if REVERSE:
-            segment = first + count - 1 - i
+        segment = first + count - 1 - i if REVERSE else first + i
         row = sequence * segments + segment
         dt = tl.load(dt_sums + row * channels + d, mask=d_mask, other=0.0)
         if starts is not None:
@@ -321,7 +306,7 @@ def carry_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def adjoint_ends_kernel(
-    grad_out, delta, A_log2e, c, z, bias, order,  # read
+    grad, delta, A_log2e, c, z, bias, order,  # read
     ends, dt_sums,  # written
     grad_batch, grad_d, grad_l, delta_batch, delta_k, delta_d, delta_l, c_batch, c_row, c_n, c_l, z_batch, z_d, z_l,
     directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
@@ -333,17 +318,12 @@ def adjoint_ends_kernel(
         directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
     )
     a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
-    order_row = order
-    if order is not None:
-        order_row = order + k * length
-    step_bias = bias
-    if bias is not None:
-        step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
-    grad_rows = grad_out + batch * grad_batch + d * grad_d
+    order_row = None if order is None else order + k * length
+    step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
+    grad_rows = grad + batch * grad_batch + d * grad_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
     c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
-    if z is not None:
-        z_rows = z + batch * z_batch + d * z_d
+    z_rows = None if z is None else z + batch * z_batch + d * z_d
 
     carry = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dt_sum = tl.zeros((BLOCK_D, TILE), ACC)
@@ -395,7 +375,7 @@ def token_gradients(carry, da, a, decay, previous, dt, u, dy, b, c):
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    grad_out, u, delta, A_log2e, b, c, skip, z, bias, order, states,  # read
+    grad, u, delta, A_log2e, b, c, skip, z, bias, order, states,  # read
     carries, scratch,  # read and written
     du, ddelta, db, dc, dz, da, dskip, dbias,  # written; da, dskip, dbias added to
     grad_batch, grad_d, grad_l, u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l,
@@ -426,9 +406,7 @@ def backward_kernel(
     row = sequence * segments + segment
     n = tl.arange(0, BLOCK_N)  # 32-bit in the (N, BLOCK_D) tiles below, which would need too many registers else
     n_mask = n < N
-    order_row = order
-    if order is not None:
-        order_row = order + k * length
+    order_row = None if order is None else order + k * length
     long_n, long_part = n.to(tl.int64), part.to(tl.int64)
     b_rows = b + batch * b_batch + (k + group) * b_row + long_n * b_n
     c_rows = c + batch * c_batch + (k + group) * c_row + long_n * c_n
@@ -450,19 +428,15 @@ def backward_kernel(
             first_d = (group * channels_per_group + block * BLOCK_D).to(tl.int64)
             nd_mask = n_mask[:, None] & d_mask[None, :]
             a = tl.load(A_log2e + k * N * channels + first_d + nd, mask=nd_mask, other=0.0)
-            step_bias = bias
-            if bias is not None:
-                step_bias = tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
-            if skip is not None:
-                skip_d = tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
-            grad_rows = grad_out + batch * grad_batch + d * grad_d
+            step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
+            skip_d = None if skip is None else tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
+            grad_rows = grad + batch * grad_batch + d * grad_d
             u_rows = u + batch * u_batch + d * u_d
             delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
             du_rows = du + batch * du_batch + k * du_k + d * du_d
             ddelta_rows = ddelta + batch * ddelta_batch + k * ddelta_k + d * ddelta_d
-            if z is not None:
-                z_rows = z + batch * z_batch + d * z_d
-                dz_rows = dz + batch * dz_batch + d * dz_d
+            z_rows = None if z is None else z + batch * z_batch + d * z_d
+            dz_rows = None if z is None else dz + batch * dz_batch + d * dz_d
 
             checkpoint = (sequence * chunks + chunk_start // CHUNK) * N * channels
             h = tl.load(states + checkpoint + first_d + nd, mask=nd_mask, other=0.0)

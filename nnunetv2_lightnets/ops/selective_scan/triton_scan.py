@@ -47,7 +47,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -56,7 +55,6 @@ import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.ops.selective_scan.record import CHUNK, Gradients, Scan, n_chunks, saved_states
-from nnunetv2_lightnets.ops.tensors import in_layout_of
 
 NAME = "triton"
 
@@ -125,66 +123,25 @@ def refuses(scan: Scan) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
 class _Prepared:
-    """A scan as the kernels read it: always with a dimension of directions, K = 1 in a plain scan."""
+    """A scan as the kernels read it: always with a dimension of directions, K = 1 in a plain scan.
 
-    u: Tensor  # (B, D, L)
-    delta: Tensor  # (B, K, D, L)
-    A_log2e: Tensor  # (K, N, D) contiguous, A * log2(e): exp(dt A) = exp2(dt A_log2e)
-    B: Tensor  # (B, G, N, L) or (B, K, N, L)
-    C: Tensor
-    D: Tensor | None  # (K, D) contiguous
-    z: Tensor | None  # (B, D, L)
-    delta_bias: Tensor | None  # (K, D) contiguous
-    initial_state: Tensor | None  # (B * K, 1, N, D) contiguous
-    order: Tensor | None  # (K, L) contiguous
-    delta_softplus: bool
+    Parameters are contiguous, ``initial_state`` is (B * K, 1, N, D), and exp(dt A) = exp2(dt A_log2e).
+    """
 
-    @classmethod
-    def of(cls, scan: Scan) -> _Prepared:
+    def __init__(self, scan: Scan) -> None:
         s = scan.with_directions()
-        return cls(
-            s.u,
-            s.delta,
-            (s.A * math.log2(math.e)).transpose(1, 2).contiguous(),
-            s.B,
-            s.C,
-            None if s.D is None else s.D.contiguous(),
-            s.z,
-            None if s.delta_bias is None else s.delta_bias.contiguous(),
-            None if s.initial_state is None else _end_states(s.initial_state),
-            None if s.order is None else s.order.contiguous(),
-            s.delta_softplus,
+        self.u, self.delta, self.B, self.C, self.z = s.u, s.delta, s.B, s.C, s.z
+        self.A_log2e = (s.A * math.log2(math.e)).transpose(1, 2).contiguous()  # (K, N, D)
+        self.D, self.delta_bias, self.order = (
+            None if x is None else x.contiguous() for x in (s.D, s.delta_bias, s.order)
         )
-
-    @property
-    def directions(self) -> int:
-        return self.A_log2e.shape[0]
-
-    @property
-    def states(self) -> int:
-        return self.A_log2e.shape[1]
-
-    @property
-    def sequences(self) -> int:
-        return self.u.shape[0] * self.directions
-
-    @property
-    def channels(self) -> int:
-        return self.u.shape[1]
-
-    @property
-    def length(self) -> int:
-        return self.u.shape[2]
-
-    @property
-    def groups(self) -> int:
-        return self.B.shape[1] // self.directions
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.A_log2e.dtype
+        self.initial_state = None if s.initial_state is None else _end_states(s.initial_state)
+        self.delta_softplus = s.delta_softplus
+        self.dtype = s.dtype
+        self.directions, self.states, self.channels = self.A_log2e.shape
+        self.sequences, self.length = s.u.shape[0] * self.directions, s.u.shape[2]
+        self.groups = s.B.shape[1] // self.directions
 
     def new(self, *shape: int) -> Tensor:
         return self.A_log2e.new_empty(shape)
@@ -209,11 +166,10 @@ class _Prepared:
         """What every kernel over tokens takes."""
         channels_per_group = self.channels // self.groups
         return {
-            "delta": self.delta,
             "A_log2e": self.A_log2e,
             "bias": self.delta_bias,
             "order": self.order,
-            **_strides("delta", self.delta, "batch", "k", "d", "l"),
+            **_tensor("delta", self.delta, "batch k d l"),
             "directions": self.directions,
             "channels": self.channels,
             "channels_per_group": channels_per_group,
@@ -254,10 +210,10 @@ def _ceil_div(size: int, part: int) -> int:
     return -(-size // part)
 
 
-def _strides(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
-    """Strides as kernel arguments ``name_axis``; 0 for an absent tensor, which no kernel touches."""
-    values = (0,) * len(axes) if x is None else x.stride()
-    return {f"{name}_{axis}": stride for axis, stride in zip(axes, values, strict=True)}
+def _tensor(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
+    """A tensor and its strides ``name_axis`` as kernel arguments; strides of 0 where it is absent and never touched."""
+    names = [f"{name}_{axis}" for axis in axes.split()]
+    return {name: x, **dict(zip(names, [0] * len(names) if x is None else x.stride(), strict=True))}
 
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
@@ -331,10 +287,8 @@ def _forward(scan: _Prepared, out: Tensor, last_state: Tensor, save_states: bool
     wanted = _FORWARD_PROGRAMS * _multiprocessors(scan.u.device)
     segments, segment_tokens = _cut(scan.length, scan.sequences * blocks, wanted)
     arguments |= {
-        "u": scan.u,
-        "b": scan.B,
-        **_strides("u", scan.u, "batch", "d", "l"),
-        **_strides("b", scan.B, "batch", "row", "n", "l"),
+        **_tensor("u", scan.u, "batch d l"),
+        **_tensor("b", scan.B, "batch row n l"),
         "blocks": blocks,
         "segments": segments,
         "segment_tokens": segment_tokens,
@@ -350,43 +304,35 @@ def _forward(scan: _Prepared, out: Tensor, last_state: Tensor, save_states: bool
     chunks = n_chunks(scan.length)
     saved = scan.new(scan.sequences * chunks * scan.states * scan.channels if save_states else 0)
     arguments |= {
-        "c": scan.C,
         "skip": scan.D,
-        "z": scan.z,
         "starts": starts,
-        "out": out,
         "states": saved if save_states else None,
         "last_state": last_state,
-        **_strides("c", scan.C, "batch", "row", "n", "l"),
-        **_strides("z", scan.z, "batch", "d", "l"),
-        **_strides("out", out, "batch", "k", "d", "l"),
+        **_tensor("c", scan.C, "batch row n l"),
+        **_tensor("z", scan.z, "batch d l"),
+        **_tensor("out", out, "batch k d l"),
         "chunks": chunks,
     }
     _launch(kernels.forward_kernel, programs, arguments)
     return saved
 
 
-@dataclass(frozen=True)
 class _BackwardPlan:
-    """How the backward pass is cut into programs; see ``backward_kernel`` for ``parts``."""
+    """How the backward pass is cut into programs; see ``backward_kernel`` for ``parts``.
 
-    block_d: int
-    segments: int
-    segment_tokens: int
-    parts: int
+    Channel blocks share a program, one after the other, as far as chunks alone fill the GPU.
+    """
 
-
-def _plan_backward(scan: _Prepared) -> _BackwardPlan:
-    """Channel blocks share a program, one after the other, as far as chunks alone fill the GPU."""
-    block_d = scan.channel_block(_BACKWARD_TILE)
-    blocks = _ceil_div(scan.channels // scan.groups, block_d)
-    wanted = _BACKWARD_PROGRAMS * _multiprocessors(scan.u.device)
-    rows = scan.sequences * scan.groups
-    segments, segment_tokens = _cut(scan.length, rows * blocks, wanted)
-    parts = min(blocks, _ceil_div(wanted, rows * (n_chunks(scan.length) if segments > 1 else 1)))
-    if segments > 1:
-        segments, segment_tokens = _cut(scan.length, rows * parts, wanted)
-    return _BackwardPlan(block_d, segments, segment_tokens, parts)
+    def __init__(self, scan: _Prepared) -> None:
+        self.block_d = scan.channel_block(_BACKWARD_TILE)
+        blocks = _ceil_div(scan.channels // scan.groups, self.block_d)
+        wanted = _BACKWARD_PROGRAMS * _multiprocessors(scan.u.device)
+        rows = scan.sequences * scan.groups
+        self.segments, self.segment_tokens = _cut(scan.length, rows * blocks, wanted)
+        chunks = n_chunks(scan.length) if self.segments > 1 else 1
+        self.parts = min(blocks, _ceil_div(wanted, rows * chunks))
+        if self.segments > 1:
+            self.segments, self.segment_tokens = _cut(scan.length, rows * self.parts, wanted)
 
 
 def _carries(scan: _Prepared, plan: _BackwardPlan, arguments: dict[str, Any], grad_last_state: Tensor | None) -> Tensor:
@@ -404,7 +350,7 @@ def _carries(scan: _Prepared, plan: _BackwardPlan, arguments: dict[str, Any], gr
 
 def _launch_backward(
     scan: _Prepared, plan: _BackwardPlan, grads: tuple[Tensor, Tensor | None], states: Tensor
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """Run all passes; return what the last one writes, under the names of its arguments.
 
     ``du`` is (K, B, D, L), ``db`` and ``dc`` have copies for all parts, ``da``, ``dskip`` and ``dbias`` are of single
@@ -416,12 +362,9 @@ def _launch_backward(
     if not scan.tuned and scan.states > 2:
         arguments["num_warps"] = 4  # one would not have the registers
     arguments |= {
-        "grad_out": grad_out,
-        "c": scan.C,
-        "z": scan.z,
-        **_strides("grad", grad_out, "batch", "d", "l"),
-        **_strides("c", scan.C, "batch", "row", "n", "l"),
-        **_strides("z", scan.z, "batch", "d", "l"),
+        **_tensor("grad", grad_out, "batch d l"),
+        **_tensor("c", scan.C, "batch row n l"),
+        **_tensor("z", scan.z, "batch d l"),
         "segments": plan.segments,
         "segment_tokens": plan.segment_tokens,
     }
@@ -442,18 +385,16 @@ def _launch_backward(
     }
     arguments |= {
         **written,
-        "u": scan.u,
-        "b": scan.B,
         "skip": scan.D,
         "states": states,
         "scratch": scan.new(programs * CHUNK // kernels.TILE.value * _power_of_two(scan.states) * plan.block_d),
-        **_strides("u", scan.u, "batch", "d", "l"),
-        **_strides("b", scan.B, "batch", "row", "n", "l"),
-        **_strides("du", du, "k", "batch", "d", "l"),
-        **_strides("ddelta", written["ddelta"], "batch", "k", "d", "l"),
-        **_strides("db", written["db"], "part", "batch", "row", "n", "l"),
-        **_strides("dc", written["dc"], "part", "batch", "row", "n", "l"),
-        **_strides("dz", written["dz"], "batch", "d", "l"),
+        **_tensor("u", scan.u, "batch d l"),
+        **_tensor("b", scan.B, "batch row n l"),
+        **_tensor("du", du, "k batch d l"),
+        **_tensor("ddelta", written["ddelta"], "batch k d l"),
+        **_tensor("db", written["db"], "part batch row n l"),
+        **_tensor("dc", written["dc"], "part batch row n l"),
+        **_tensor("dz", written["dz"], "batch d l"),
         "groups": scan.groups,
         "parts": plan.parts,
         "chunks": n_chunks(scan.length),
@@ -484,7 +425,7 @@ def _sum_of_copies(copies: Tensor, like: Tensor) -> Tensor:
 
 def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, D, L), last state (B, [K,] D, N) and the states before every chunk, (B, K, chunk, N, D) flat."""
-    prepared = _Prepared.of(scan)
+    prepared = _Prepared(scan)
     out = _per_direction(prepared)
     last_state = prepared.new(*scan.state_shape)
     with _on(scan.u.device):
@@ -494,32 +435,25 @@ def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
     """Gradients of the scan's tensors."""
-    prepared = _Prepared.of(scan)
+    prepared = _Prepared(scan)
     states = saved_states(scan, states, forward)
     with _on(scan.u.device):
-        written = _launch_backward(prepared, _plan_backward(prepared), grads, states)
+        written = _launch_backward(prepared, _BackwardPlan(prepared), grads, states)
 
-    def over_images(name: str) -> Tensor | None:
+    def over_images(x: Any) -> Any:
         """(B * K, segments, ...) to (K, ...)."""
-        x = written[name]
         return None if x is None else x.view(-1, scan.directions, *x.shape[1:]).sum((0, 2))
 
-    da, du, db, dc, carries = over_images("da"), *(written[name] for name in ("du", "db", "dc", "carries"))
-    assert da is not None and du is not None and db is not None and dc is not None and carries is not None
-    gradients = (
-        _sum_of_copies(du, scan.u),
+    return scan.gradients(
+        _sum_of_copies(written["du"], scan.u),
         written["ddelta"],
-        da.transpose(1, 2),
-        _sum_of_copies(db, scan.B),
-        _sum_of_copies(dc, scan.C),
-        over_images("dskip"),
+        over_images(written["da"]).transpose(1, 2),
+        _sum_of_copies(written["db"], scan.B),
+        _sum_of_copies(written["dc"], scan.C),
+        over_images(written["dskip"]),
         written["dz"],
-        over_images("dbias"),
-        carries[:, 0].transpose(1, 2),
-    )
-    return tuple(
-        None if x is None or grad is None else in_layout_of(x, grad.reshape(x.shape))
-        for x, grad in zip(scan.tensors(), gradients, strict=True)
+        over_images(written["dbias"]),
+        written["carries"][:, 0].transpose(1, 2),
     )
 
 
