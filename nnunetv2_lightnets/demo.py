@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; started again in the same folder it goes on where it stopped."""
-    demo = Demo(args.o.resolve(), args.tr, args.device)
-    demo.run()
+    Demo(args.o.resolve(), args.tr, args.device).run()
     return 0
 
 
@@ -77,9 +76,8 @@ class Demo:
         strangers = [p.name for p in folder.iterdir() if p.name not in (*FOLDERS, "logs", "predictions", "demo.png")]
         if strangers:
             raise LightNetsError(f"-o {folder} holds other files ({strangers[0]}, ...); choose an empty folder")
-        (folder / "logs").mkdir(exist_ok=True)
         self.paths = {name: folder / name for name in FOLDERS}
-        for path in self.paths.values():
+        for path in (*self.paths.values(), folder / "logs"):
             path.mkdir(exist_ok=True)
         self.environment = {**os.environ, **{name: str(path) for name, path in self.paths.items()}}
         if device is None:
@@ -91,17 +89,9 @@ class Demo:
             cores = os.cpu_count() or 1
             self.environment.setdefault("nnUNet_def_n_proc", str(min(cores, 8)))
             self.environment.setdefault("nnUNet_n_proc_DA", str(min(max(cores // 2, 1), 12)))
-        self.seconds: dict[str, float] = {}
-
-    @property
-    def raw(self) -> Path:
-        """The demo's data set in nnU-Net's raw format."""
-        return self.paths[RAW] / DATASET
-
-    @property
-    def model(self) -> Path:
-        """Where nnU-Net puts the trained model."""
-        return self.paths[RESULTS] / DATASET / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}"
+        self.raw = self.paths[RAW] / DATASET
+        self.model = self.paths[RESULTS] / DATASET / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
+        self.seconds: dict[str, float] = {}  # of each step
 
     def run(self) -> None:
         """All steps in order; a step whose result exists is not repeated."""
@@ -130,7 +120,7 @@ class Demo:
         )
         resume = ["--c"] if any(self.model.glob("fold_0/checkpoint_*.pth")) else []
         train = ["nnUNetv2_train", str(DATASET_ID), CONFIGURATION, "0", "-tr", self.trainer, "-device", self.device]
-        self.command("train", train + resume, done=self.model / "fold_0" / "validation" / "summary.json", show="epoch")
+        self.command("train", train + resume, done=self.model / "fold_0" / "validation" / "summary.json")
         predictions = self.folder / "predictions" / self.trainer
         images = str(self.raw / "imagesTs")
         predict = ["nnUNetv2_predict", "-i", images, "-o", str(predictions), "-d", str(DATASET_ID), "-c", CONFIGURATION]
@@ -141,10 +131,10 @@ class Demo:
         self.command("evaluate", evaluate, done=predictions / "summary.json")
         self.report(predictions)
 
-    def command(self, step: str, command: list[str], *, done: Path, show: str | None = None) -> None:
+    def command(self, step: str, command: list[str], *, done: Path) -> None:
         """Run one of nnU-Net's commands, shown as a user would type it, unless its result ``done`` exists.
 
-        Its output goes to ``logs/<step>.log``; with ``show="epoch"`` the lines of progress are shown too.
+        Its output goes to ``logs/<step>.log``; a training's lines of progress are shown too.
         """
         say(f"\n$ {shlex.join(command)}")
         if done.exists():
@@ -155,7 +145,6 @@ class Demo:
             raise LightNetsError(f"{command[0]} was not found beside {sys.executable}; is nnunetv2 installed there?")
         log = self.folder / "logs" / f"{step.replace(' ', '_')}.log"
         started = time.perf_counter()
-        lines: list[str] = []
         with (
             log.open("w") as file,
             subprocess.Popen(
@@ -172,14 +161,13 @@ class Demo:
             try:
                 for line in process.stdout:
                     file.write(line)
-                    lines.append(line.rstrip())
-                    if show == "epoch" and any(word in line for word in (": Epoch ", "Pseudo dice", "Mean Validation")):
+                    if any(word in line for word in (": Epoch ", "Pseudo dice", "Mean Validation")):
                         say("  " + line.split(": ", 1)[-1].rstrip())
             except BaseException:
                 _end(process)
                 raise
         if process.returncode != 0:
-            last = last_line("\n".join(lines))
+            last = last_line(log.read_text(errors="replace"))
             raise LightNetsError(f"{command[0]} ended with exit code {process.returncode}: {last} (all of it: {log})")
         if done.name == ".demo_done":  # nnU-Net writes many files here and none of them last
             done.touch()
@@ -195,9 +183,8 @@ class Demo:
             say(f"  {name:<14}{value:.3f}")
         if self.seconds:
             say("Seconds")
-            for step, seconds in self.seconds.items():
+            for step, seconds in {**self.seconds, "all": sum(self.seconds.values())}.items():
                 say(f"  {step:<22}{seconds:6.0f}")
-            say(f"  {'all':<22}{sum(self.seconds.values()):6.0f}")
         picture = self.folder / "demo.png"
         draw(self.raw, predictions, dice, picture)
         say(f"Picture: {picture}")
@@ -290,22 +277,18 @@ def draw(raw: Path, predictions: Path, dice: Mapping[str, float], file: Path) ->
     fullest = sorted(labels, key=lambda path: np.count_nonzero(nibabel.load(path).get_fdata()))[-3:]
     cases = sorted(path.name.removesuffix(".nii.gz") for path in fullest)
     figure, axes = plt.subplots(len(cases), 3, figsize=(8.5, 2.9 * len(cases) + 0.8), layout="constrained")
+    as_label: dict[str, Any] = {"cmap": ListedColormap(colours), "vmin": 0, "vmax": 2}
     for row, case in zip(axes, cases, strict=True):
-        image = nibabel.load(raw / "imagesTs" / f"{case}_0000.nii.gz").get_fdata()
-        truth = nibabel.load(raw / "labelsTs" / f"{case}.nii.gz").get_fdata()
-        predicted = nibabel.load(predictions / f"{case}.nii.gz").get_fdata()
-        middle = image.shape[2] // 2
-        panels = {"T1 image": image, "truth": truth, "prediction": predicted}
-        for axis, (title, volume) in zip(row, panels.items(), strict=True):
-            slice_ = np.rot90(volume[:, :, middle])
-            if title == "T1 image":
-                axis.imshow(slice_, cmap="gray", interpolation="nearest")
-                axis.set_ylabel(case.replace("_", " "))
-            else:
-                axis.imshow(slice_, cmap=ListedColormap(colours), vmin=0, vmax=2, interpolation="nearest")
-            axis.set_title(title)
-            axis.set_xticks([])
-            axis.set_yticks([])
+        panels = {
+            "T1 image": (raw / "imagesTs" / f"{case}_0000.nii.gz", {"cmap": "gray"}),
+            "truth": (raw / "labelsTs" / f"{case}.nii.gz", as_label),
+            "prediction": (predictions / f"{case}.nii.gz", as_label),
+        }
+        for axis, (title, (volume, style)) in zip(row, panels.items(), strict=True):
+            voxels = nibabel.load(volume).get_fdata()
+            axis.imshow(np.rot90(voxels[:, :, voxels.shape[2] // 2]), interpolation="nearest", **style)
+            axis.set(title=title, xticks=[], yticks=[])
+        row[0].set_ylabel(case.replace("_", " "))
     handles = [Patch(color=colours[value], label=name) for name, value in LABELS.items() if value]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     scores = ", ".join(f"{name} {value:.3f}" for name, value in dice.items())

@@ -10,10 +10,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nnunetv2_lightnets import __version__
-from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, external_folders
 from nnunetv2_lightnets.files import last_line
 from nnunetv2_lightnets.nnunet.folders import FOLDERS
 
@@ -33,21 +34,13 @@ print("CONTRACT", json.dumps(faults()))
 
 @dataclass
 class Finding:
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        what: what was looked at.
-        value: what was found.
-        remedy: what to do if it is not all right.
-        fatal: it stops the main job.
-        absent: it is not there, and need not be.
-    """
-
-    what: str
-    value: str
-    remedy: str | None = None
-    fatal: bool = False
-    absent: bool = False
+    what: str  # was looked at
+    value: str  # what was found
+    remedy: str | None = None  # what to do if it is not all right
+    fatal: bool = False  # it stops the main job
+    absent: bool = False  # it is not there, and need not be
 
     def __str__(self) -> str:
         mark = "FAIL" if self.fatal else "note" if self.remedy is not None else "--" if self.absent else "ok"
@@ -62,10 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(_args: argparse.Namespace) -> int:
     """Print the report; exit code 1 if something stops the main job."""
     findings: list[Finding] = []
-    for look in (versions, start_up, folders, torchvision_pair, trainer_search, device, scan_backends):
-        for finding in look():
-            print(finding, flush=True)
-            findings.append(finding)
+    looks = [versions, start_up, folders]
+    if importlib.util.find_spec("torch") is not None:
+        looks += [torchvision_pair, trainer_search, device, scan_backends]
+    for finding in (finding for look in looks for finding in look()):
+        print(finding, flush=True)
+        findings.append(finding)
     if any(finding.fatal for finding in findings):
         print("\nTraining does not work here; see FAIL above.")
         return 1
@@ -75,22 +70,19 @@ def run(_args: argparse.Namespace) -> int:
     return 0
 
 
-def versions() -> list[Finding]:
+def versions() -> Iterator[Finding]:
     """Versions of what we stand on."""
-    found = [Finding("nnunetv2_lightnets", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    yield Finding("nnunetv2_lightnets", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("nnunetv2", "torch"):
         if importlib.util.find_spec(package) is None:
-            found.append(Finding(package, "not installed", f"pip install {package}", fatal=True))
+            yield Finding(package, "not installed", f"pip install {package}", fatal=True)
             continue
         version = importlib.metadata.version(package)
-        if package == "nnunetv2" and not version.startswith(f"{_NNUNET}."):
-            remedy = f"pip install 'nnunetv2~={_NNUNET}.0'"
-            found.append(
-                Finding(package, f"{version}, not {_NNUNET}: {_what_another_release_lacks()}", remedy, fatal=True)
-            )
+        if package == "nnunetv2" and version.split(".")[:2] != _NNUNET.split("."):
+            value = f"{version}, not {_NNUNET}: {_what_another_release_lacks()}"
+            yield Finding(package, value, f"pip install 'nnunetv2~={_NNUNET}.0'", fatal=True)
         else:
-            found.append(Finding(package, version))
-    return found
+            yield Finding(package, version)
 
 
 def _what_another_release_lacks() -> str:
@@ -105,91 +97,85 @@ def _what_another_release_lacks() -> str:
     return f"our trainers would not work: {', '.join(faults[:3])}{more}"
 
 
-def start_up() -> list[Finding]:
+def start_up() -> Iterator[Finding]:
     """Whether the start-up file ran when this Python started."""
-    named = os.environ.get(VARIABLE, "").split(os.pathsep)
-    if SHIM_FOLDER in named:
-        return [Finding("start-up file", f"names our folder in {VARIABLE}")]
-    if os.environ.get(DISABLE):
-        return [Finding("start-up file", f"switched off by {DISABLE}", f"unset {DISABLE}", fatal=True)]
-    remedy = (
-        f"install it again by pip, from where you have it (--force-reinstall --no-deps), or export "
-        f"{VARIABLE}={SHIM_FOLDER}"
-    )
-    return [Finding("start-up file", "did not run (python -S, or not installed by pip)", remedy, fatal=True)]
+    if SHIM_FOLDER in external_folders():
+        yield Finding("start-up file", f"names our folder in {VARIABLE}")
+    elif os.environ.get(DISABLE):
+        yield Finding("start-up file", f"switched off by {DISABLE}", f"unset {DISABLE}", fatal=True)
+    else:
+        remedy = "install it again by pip, from where you have it (--force-reinstall --no-deps), or export"
+        value = "did not run (python -S, or not installed by pip)"
+        yield Finding("start-up file", value, f"{remedy} {VARIABLE}={SHIM_FOLDER}", fatal=True)
 
 
-def folders() -> list[Finding]:
+def folders() -> Iterator[Finding]:
     """The user's own trainer folders, and nnU-Net's three data folders."""
-    remedy = f"correct or unset {VARIABLE}; nnU-Net skips it"
-    found = [
-        Finding(VARIABLE, f"{folder} does not exist", remedy)
-        for folder in os.environ.get(VARIABLE, "").split(os.pathsep)
-        if folder.strip() and folder != SHIM_FOLDER and not os.path.isdir(folder)
-    ]
+    for folder in external_folders():
+        if folder != SHIM_FOLDER and not os.path.isdir(folder):
+            yield Finding(VARIABLE, f"{folder} does not exist", f"correct or unset {VARIABLE}; nnU-Net skips it")
     for name in FOLDERS:
         value = os.environ.get(name)
         if value is None:
-            found.append(Finding(name, "not set", f"export {name}=/some/folder before training (the demo needs none)"))
+            yield Finding(name, "not set", f"export {name}=/some/folder before training (the demo needs none)")
         elif not os.path.isdir(value):
-            found.append(Finding(name, f"{value} does not exist", f"mkdir -p {value}, or correct {name}"))
+            yield Finding(name, f"{value} does not exist", f"mkdir -p {value}, or correct {name}")
         elif not os.access(value, os.W_OK):
-            found.append(Finding(name, f"{value} cannot be written", f"give yourself the right, or change {name}"))
+            yield Finding(name, f"{value} cannot be written", f"give yourself the right, or change {name}")
         else:
-            found.append(Finding(name, value))
-    return found
+            yield Finding(name, value)
 
 
-def torchvision_pair() -> list[Finding]:
+def torchvision_pair() -> Iterator[Finding]:
     """Whether torchvision fits torch: nnU-Net's search imports it, and finds no trainer at all when it does not."""
     if importlib.util.find_spec("torchvision") is None:
-        return [
-            Finding(
-                "torchvision", "not installed", "pip install torchvision (nnU-Net's own trainers import it)", fatal=True
-            )
-        ]
+        remedy = "pip install torchvision (nnU-Net's own trainers import it)"
+        yield Finding("torchvision", "not installed", remedy, fatal=True)
+        return
     pair = f"torch {importlib.metadata.version('torch')}, torchvision {importlib.metadata.version('torchvision')}"
     process = _python("import torchvision")
     if process.returncode == 0:
-        return [Finding("torch and torchvision", pair)]
+        yield Finding("torch and torchvision", pair)
+        return
     remedy = "install a pair of one release and one build (CPU or CUDA): pip install --upgrade torch torchvision"
-    return [Finding("torch and torchvision", f"{pair} do not fit: {last_line(process.stderr)}", remedy, fatal=True)]
+    yield Finding("torch and torchvision", f"{pair} do not fit: {last_line(process.stderr)}", remedy, fatal=True)
 
 
-def trainer_search() -> list[Finding]:
+def trainer_search() -> Iterator[Finding]:
     """Whether nnU-Net finds our trainers, from another folder and in a new process."""
     process = _python(_SEARCH)
     if f"FOUND {TRAINER}" in process.stdout:
-        return [Finding("nnU-Net finds our trainers", "yes")]
+        yield Finding("nnU-Net finds our trainers", "yes")
+        return
     inspected = [line.split(":")[-1].strip() for line in process.stdout.splitlines() if "Inspecting module" in line]
     culprit = f" (after inspecting {inspected[-1]})" if inspected and inspected[-1] != "lightnets_trainers" else ""
     remedy = "if nothing above says FAIL, repair or remove the package that the message names, and look again"
-    return [Finding("nnU-Net finds our trainers", f"no{culprit}: {last_line(process.stderr)}", remedy, fatal=True)]
+    yield Finding("nnU-Net finds our trainers", f"no{culprit}: {last_line(process.stderr)}", remedy, fatal=True)
 
 
-def device() -> list[Finding]:
+def device() -> Iterator[Finding]:
     """What torch computes on."""
     import torch
 
     if torch.cuda.is_available():
-        return [Finding("device", f"cuda: {torch.cuda.get_device_name(0)}")]
-    if torch.backends.mps.is_available():
-        return [Finding("device", "mps: Apple GPU")]
-    remedy = "train with -device cpu" if torch.version.cuda is None else "no GPU is visible; train with -device cpu"
-    return [Finding("device", f"cpu, {torch.get_num_threads()} threads", remedy)]
+        yield Finding("device", f"cuda: {torch.cuda.get_device_name(0)}")
+    elif torch.backends.mps.is_available():
+        yield Finding("device", "mps: Apple GPU")
+    else:
+        remedy = "train with -device cpu" if torch.version.cuda is None else "no GPU is visible; train with -device cpu"
+        yield Finding("device", f"cpu, {torch.get_num_threads()} threads", remedy)
 
 
-def scan_backends() -> list[Finding]:
+def scan_backends() -> Iterator[Finding]:
     """Each backend of the selective scan, or why it cannot run, and whether a fast one computes on this device."""
     import torch
 
     from nnunetv2_lightnets.nnunet.notices import scan_backend
     from nnunetv2_lightnets.ops import available_backends
 
-    found = [
-        Finding(f"scan backend {name}", "runs here" if reason is None else f"not here: {reason}", absent=bool(reason))
-        for name, reason in available_backends().items()
-    ]
+    for name, reason in available_backends().items():
+        found = "runs here" if reason is None else f"not here: {reason}"
+        yield Finding(f"scan backend {name}", found, absent=bool(reason))
     on_gpu = torch.cuda.is_available()
     name, slow = scan_backend("cuda" if on_gpu else "cpu")
     if slow is not None:
@@ -198,8 +184,7 @@ def scan_backends() -> list[Finding]:
             remedy = "Triton comes with torch for CUDA on Linux, and needs a C compiler (gcc): install both"
         else:
             remedy = "install a wheel, or a C compiler, and then this package again"
-        found.append(Finding(f"scan on this {'GPU' if on_gpu else 'CPU'}", value, remedy, fatal=on_gpu))
-    return found
+        yield Finding(f"scan on this {'GPU' if on_gpu else 'CPU'}", value, remedy, fatal=on_gpu)
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,10 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import read_json, write_atomically
 from nnunetv2_lightnets.nnunet.folders import dataset_folder
 from nnunetv2_lightnets.nnunet.plans import PLANS, Setting, patch_setting
+from nnunetv2_lightnets.nnunet.trainer_names import nearest_trainers, trainer_names
 from nnunetv2_lightnets.plans.planner import GIGABYTE, MEMORY, Planned, Planner, plans_name, with_kept_configurations
 from nnunetv2_lightnets.plans.reference import ReferenceSetting, reference_names, reference_setting
+from nnunetv2_lightnets.trainers import find_trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"The data preprocessed for {args.p} serve these plans. Do not preprocess again: that would delete them.")
     trainer = args.tr or trainer_class.__name__
-    if reference is not None and reference.epochs and args.tr is None:
-        trainer += f"_{reference.epochs}epochs"
+    if reference is not None and args.tr is None and (epochs := reference.settings["epochs"]["value"]):
+        trainer += f"_{epochs}epochs"
     # nnU-Net's plans name 2d first. Volumes are best trained as volumes.
     first = planned[0] if args.c else max(planned, key=lambda p: (len(p.patch), p.configuration == "3d_fullres"))
     print("Train with:")
@@ -83,57 +85,37 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _trainer(name: str | None) -> type[Any]:
-    from nnunetv2_lightnets.nnunet.trainer_names import nearest_trainers, trainer_names
-    from nnunetv2_lightnets.trainers import find_trainer
-
     if name is None:
         raise LightNetsError("give a trainer with -tr, or a paper's settings with --like")
     found: type[Any] | None = find_trainer(name)
     if found is None:
         likely = ", ".join(nearest_trainers(name) or trainer_names())
         raise LightNetsError(f"there is no trainer {name!r} of ours; did you mean {likely}?")
-    kwargs = getattr(found, "network_kwargs", None)
-    # Networks without strides of their own, taken from the plan or fixed, are built from nnU-Net's architecture block.
-    if kwargs is None or (found.n_downsamplings is None and not _has_fixed_stride(found)):
-        reason = (
-            "takes its stages from nnU-Net's own plans, which fit it as they are"
-            if _takes_stages_from_plans(found)
-            else "pads any patch to its own fixed stages, so that there is nothing to fit; take nnU-Net's own plans"
-        )
+    if (reason := _why_nothing_fits(found)) is not None:
         raise LightNetsError(f"{name} {reason}: -p {PLANS}")
     return found
 
 
-def _takes_stages_from_plans(trainer_class: type[Any]) -> bool:
-    if not hasattr(trainer_class, "planned_architecture"):
-        return True  # nnU-Net's own network
+def _why_nothing_fits(trainer_class: type[Any]) -> str | None:
+    """Why there is nothing to plan for this trainer; None if there is."""
+    if getattr(trainer_class, "n_downsamplings", None) is not None:
+        return None
+    import torch
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    setting = patch_setting([64, 64], 1, 2)
+    setting = patch_setting([64, 64], 1, 2)  # every network exists in 2D
     configuration = PlansManager(setting.plans).get_configuration(setting.configuration)
-    return "strides" in trainer_class.planned_architecture(configuration)
-
-
-def _has_fixed_stride(trainer_class: type[Any]) -> bool:
-    from nnunetv2_lightnets.networks import create_network, network_entry
-
-    name = trainer_class.network_name
-    dims = network_entry(name).spatial_dims[0]
-    try:
-        network = create_network(
-            name, spatial_dims=dims, input_channels=1, num_classes=2, **dict(trainer_class.network_kwargs)
-        )
-    except TypeError:  # it needs what only a plan knows
-        return False
-    return hasattr(network, "stride")
+    if not hasattr(trainer_class, "network_name") or "strides" in trainer_class.planned_architecture(configuration):
+        return "takes its stages from nnU-Net's own plans, which fit it as they are"
+    with torch.device("meta"):
+        network = trainer_class.trained_network(configuration, 1, 2)
+    if hasattr(network, "stride"):
+        return None
+    return "pads any patch to its own fixed stages, so that there is nothing to fit; take nnU-Net's own plans"
 
 
 def _fitting(trainer_class: type[Any], base: dict[str, Any], reference: ReferenceSetting | None) -> list[str]:
-    """Configurations of the plans in whose dimension the network exists, and which the reference is for.
-
-    Raises:
-        LightNetsError: there is none.
-    """
+    """Configurations of the plans in whose dimension the network exists, and which the reference is for."""
     from nnunetv2_lightnets.networks import network_entry
 
     dims_of = {name: len(Setting(name, base, {}, name).patch) for name in base["configurations"]}
@@ -179,16 +161,10 @@ def _report(planned: Sequence[Planned], reference: ReferenceSetting | None, trai
 
 def _not_preprocessed(folder: Path, plans: dict[str, Any], planned: Sequence[Planned], cases: int) -> list[str]:
     """Configurations whose preprocessed data are not there, or not of all cases."""
-    missing = []
-    identifiers = set()
+    names: dict[str, str] = {}  # of the first configuration with each data identifier
     for name in (p.configuration for p in planned):
-        identifier = Setting(name, plans, {}, name).data_identifier
-        if identifier in identifiers:
-            continue
-        identifiers.add(identifier)
-        if sum(1 for _ in (folder / identifier).glob("*.pkl")) < cases:
-            missing.append(name)
-    return missing
+        names.setdefault(Setting(name, plans, {}, name).data_identifier, name)
+    return [name for data, name in names.items() if sum(1 for _ in (folder / data).glob("*.pkl")) < cases]
 
 
 def _preprocess(dataset: str, plans: str, configurations: Sequence[str], processes: int) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.nnunet.plans import Setting
+from nnunetv2_lightnets.nnunet.trainer_names import trainer_names
+from nnunetv2_lightnets.trainers import find_trainer
 
 GIGABYTE = 2**30
 MEMORY = 8.0  # GB, what nnU-Net plans for
@@ -25,19 +27,12 @@ _CLASSES = "nnunetv2_lightnets.plans.networks"
 
 @dataclass(frozen=True)
 class Planned:
-    """A configuration, planned.
-
-    Attributes:
-        configuration: its name.
-        patch: patch size in voxels.
-        batch_size: patches of a training step.
-        memory: bytes that a training step takes, estimated.
-    """
+    """A configuration, planned."""
 
     configuration: str
-    patch: tuple[int, ...]
+    patch: tuple[int, ...]  # voxels along each axis
     batch_size: int
-    memory: int
+    memory: int  # bytes that a training step takes, estimated
 
 
 class Planner:
@@ -51,9 +46,6 @@ class Planner:
         memory: gigabytes that a training step may take; without it, 8, and what the caller fixes goes above it.
         patch: patch size to take as it is, by dimensions.
         batch_size: batch size to take as it is, by dimensions.
-
-    Raises:
-        LightNetsError: the trainer's network takes its architecture from nnU-Net's plans, which fit it already.
     """
 
     def __init__(
@@ -93,7 +85,7 @@ class Planner:
         planned = []
         for name in needed:
             if "inherits_from" not in self._entry(name):
-                heirs = [heir for heir in needed if name in self._needed(heir) and self._inherits(heir, name)]
+                heirs = [heir for heir in needed if self._inherits(heir, name)]
                 planned.append(self._plan_one(name, heirs))
         return planned + [self._inherited(name) for name in needed if "inherits_from" in self._entry(name)]
 
@@ -134,7 +126,7 @@ class Planner:
             memory = self._largest_patch(name, sized, batch_size, limit)
         if dims not in self.batch_size:
             batch_size, memory = self._largest_batch(name, sized, memory, limit)
-        self._set_batch(name, batch_size)
+        self._entry(name)["batch_size"] = int(batch_size)
         if sized != name:
             memory = self._memory(name, batch_size)
         return Planned(name, tuple(self._entry(name)["patch_size"]), batch_size, memory)
@@ -201,8 +193,7 @@ class Planner:
         """The trainer's network, for what it says of itself."""
         from nnunetv2_lightnets.networks import create_network
 
-        kwargs = self.trainer_class.network_kwargs
-        name = self.trainer_class.network_name
+        name, kwargs = self.trainer_class.network_name, self.trainer_class.network_kwargs
         return create_network(name, spatial_dims=dims, input_channels=1, num_classes=2, **kwargs)
 
     def _smaller(
@@ -217,7 +208,7 @@ class Planner:
         for axis in axes:
             shorter = list(patch)
             shorter[axis] -= divisor[axis]
-            if shorter[axis] < max(2 * _MIN_EDGE, 1):
+            if shorter[axis] < 2 * _MIN_EDGE:
                 continue
             step = self._divisor(self._strides(name, shorter), len(patch))[axis]
             shorter[axis] = patch[axis] - step
@@ -263,15 +254,12 @@ class Planner:
     def _set(self, name: str, patch: Sequence[int], strides: list[list[int]] | None, batch_size: int) -> None:
         self._entry(name)["patch_size"] = [int(side) for side in patch]
         self._entry(name)["architecture"] = self._architecture(len(patch), strides)
-        self._set_batch(name, batch_size)
-
-    def _set_batch(self, name: str, batch_size: int) -> None:
         self._entry(name)["batch_size"] = int(batch_size)
 
     def _architecture(self, dims: int, strides: list[list[int]] | None) -> dict[str, Any]:
         """The plans' block that names the network, as nnU-Net builds it."""
         from nnunetv2_lightnets.networks import network_entry
-        from nnunetv2_lightnets.nnunet.planned_networks import output_strides
+        from nnunetv2_lightnets.plans.networks import output_strides
 
         scales = self._network(dims).deep_supervision_scales if self.trainer_class.deep_supervision else (1.0, 0.5)
         kwargs: dict[str, Any] = {"spatial_dims": dims, "strides": output_strides(scales, dims)}
@@ -294,19 +282,12 @@ class Planner:
 
 def plans_name(trainer_class: type[Any], suffix: str | None = None) -> str:
     """``nnUNetPlans_<network>``, with the variant's letter where it is not the network's first, and the suffix."""
-    from nnunetv2_lightnets.nnunet.trainer_names import trainer_names
-    from nnunetv2_lightnets.trainers import find_trainer
-
-    network, kwargs = trainer_class.network_name, dict(trainer_class.network_kwargs)
-    parts = ["nnUNetPlans", network]
-    relatives = [(name, find_trainer(name)) for name in trainer_names()]
-    of_network = [(n, t) for n, t in relatives if getattr(t, "network_name", None) == network]
-    if of_network:
-        first_name, first = of_network[0]
-        same = next((n for n, t in of_network if dict(getattr(t, "network_kwargs", {})) == kwargs), None)
-        if same is not None and dict(getattr(first, "network_kwargs", {})) != kwargs:
-            parts.append(same.removeprefix(first_name))
-    return "_".join([*parts, *([suffix] if suffix else [])])
+    network = trainer_class.network_name
+    relatives = ((name, find_trainer(name)) for name in trainer_names())
+    kwargs_of = {name: t.network_kwargs for name, t in relatives if getattr(t, "network_name", None) == network}
+    first = next(iter(kwargs_of), "")
+    same = next((name for name, kwargs in kwargs_of.items() if kwargs == trainer_class.network_kwargs), "")
+    return "_".join(part for part in ("nnUNetPlans", network, same.removeprefix(first), suffix) if part)
 
 
 def with_kept_configurations(plans: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,29 +20,14 @@ SETTINGS = ("patch", "batch_size", "epochs", "deep_supervision", "learning_rate"
 
 @dataclass(frozen=True)
 class ReferenceSetting:
-    """Settings of a paper for a data set.
+    """Settings of a paper for a data set."""
 
-    Attributes:
-        name: what ``--like`` takes.
-        title: network and data set.
-        paper: where they were published.
-        trainer: our trainer of that network.
-        dims: 2 or 3.
-        settings: for each of SETTINGS its ``value``, None if unknown, and its ``source``.
-    """
-
-    name: str
-    title: str
-    paper: str
-    trainer: str
-    dims: int
-    settings: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def epochs(self) -> int | None:
-        """Epochs of training, if they are known."""
-        value: int | None = self.settings["epochs"]["value"]
-        return value
+    name: str  # what --like takes
+    title: str  # network and data set
+    paper: str  # where they were published
+    trainer: str  # ours of that network
+    dims: int  # 2 or 3
+    settings: Mapping[str, Mapping[str, Any]]  # for each of SETTINGS its "value", None if unknown, and its "source"
 
     def fixed(self) -> dict[str, dict[int, Any]]:
         """Patch and batch size, as far as they are known, as the planner takes them."""

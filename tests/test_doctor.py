@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -46,6 +47,28 @@ def test_another_nnunet(version: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     code, text = report(capsys)
     assert code == 1
     assert f"[FAIL] nnunetv2                    {version}, not 2.8" in text and "pip install 'nnunetv2~=2.8.0'" in text
+
+
+@pytest.mark.parametrize("version", ["2.8", "2.8.1", "2.8.0rc1"])
+def test_any_release_of_this_minor_version_will_do(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert not any(finding.fatal for finding in doctor.versions())
+
+
+def test_without_torch_it_says_so_and_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
+    real_version = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real_version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    code, text = report(capsys)
+    assert code == 1
+    assert "[FAIL] torch" in text and "-> pip install torch\n" in text
 
 
 @pytest.mark.parametrize(

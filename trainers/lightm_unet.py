@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
-from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer, variant
 
 
 class nnUNetTrainerLightMUNet(LightNetsTrainer):
@@ -26,41 +26,21 @@ class nnUNetTrainerLightMUNet(LightNetsTrainer):
     optimizer_kwargs = {"eps": 1e-5}
 
 
-class nnUNetTrainerLightMUNetS(nnUNetTrainerLightMUNet):
-    """LightM-UNet at width 16: 1.34 M parameters in 3D."""
-
-    network_kwargs = {"width": 16}
-
-
-class nnUNetTrainerLightMUNetT(nnUNetTrainerLightMUNet):
-    """LightM-UNet at width 8: 0.38 M parameters in 3D."""
-
-    network_kwargs = {"width": 8}
-
-
-class nnUNetTrainerLightMUNetDemo(nnUNetTrainerLightMUNetT, nnUNetTrainerNoDA):
+class nnUNetTrainerLightMUNetDemo(nnUNetTrainerLightMUNet, nnUNetTrainerNoDA):
     """Width 8 at a hundred times the paper's learning rate, for the few minutes of ``nnUNetv2_lightnets demo``.
 
     The paper's 1e-4 needs thousands of iterations to leave the start. There is no data augmentation: it pays in long
     trainings, and here it would take half of two cores. Take another trainer for data of your own.
     """
 
+    network_kwargs = {"width": 8}
     initial_lr = 1e-2
 
 
-class nnUNetTrainerLightMUNetNoScan(nnUNetTrainerLightMUNet):
-    """Ablation: LightM-UNet without the selective scan; what is left is its term ``D * u``, gated."""
-
-    network_kwargs = {"width": 32, "scan": False}
-
-
-class nnUNetTrainerLightMUNetSNoScan(nnUNetTrainerLightMUNet):
-    """Ablation: width 16 without the selective scan."""
-
-    network_kwargs = {"width": 16, "scan": False}
-
-
-class nnUNetTrainerLightMUNetTNoScan(nnUNetTrainerLightMUNet):
-    """Ablation: width 8 without the selective scan."""
-
-    network_kwargs = {"width": 8, "scan": False}
+# Widths 16 and 8: 1.34 M and 0.38 M parameters in 3D.
+nnUNetTrainerLightMUNetS = variant(nnUNetTrainerLightMUNet, "S", width=16)
+nnUNetTrainerLightMUNetT = variant(nnUNetTrainerLightMUNet, "T", width=8)
+# Ablations: without the selective scan; what is left is its term D * u, gated.
+nnUNetTrainerLightMUNetNoScan = variant(nnUNetTrainerLightMUNet, "NoScan", scan=False)
+nnUNetTrainerLightMUNetSNoScan = variant(nnUNetTrainerLightMUNetS, "NoScan", scan=False)
+nnUNetTrainerLightMUNetTNoScan = variant(nnUNetTrainerLightMUNetT, "NoScan", scan=False)

@@ -12,6 +12,7 @@ versions nothing is; there the features are counted again, which gives the same 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -52,31 +53,16 @@ def closest_features(features: Sequence[int], target: int, count: Callable[[tupl
     """
     count = cache(count)
     largest = 1.0
-    candidates = widths(features)
-    while count(candidates[-1]) < target:
+    while count((candidates := widths(features, largest))[-1]) < target:
         largest *= 2
-        candidates = widths(features, largest)
-    low, high, lean = 0, len(candidates) - 1, 0
-    while high - low > 1:
-        # MACs are about quadratic in the factor. Leaning beyond the guess brings the other bound close, too.
-        below, above = (math.sqrt(count(candidates[i])) for i in (low, high))
-        share = (math.sqrt(target) - below) / (above - below)
-        guess = min(max(low + round((high - low) * share) + lean, low + 1), high - 1)
-        if count(candidates[guess]) < target:
-            low, lean = guess, 1
-        else:
-            high, lean = guess, -1
-    return min(candidates[low], candidates[high], key=lambda candidate: abs(count(candidate) - target))
+    above = bisect_left(candidates, target, key=count)
+    return min(candidates[max(above - 1, 0) : above + 1], key=lambda candidate: abs(count(candidate) - target))
 
 
 class nnUNetTrainerSlimUNet(nnUNetTrainer):
-    """nnU-Net's network with about the MACs of LightM-UNet S.
+    """nnU-Net's network with about the MACs of LightM-UNet S."""
 
-    Attributes:
-        like: the trainer whose network's MACs are aimed at.
-    """
-
-    like: ClassVar[str] = "nnUNetTrainerLightMUNetS"
+    like: ClassVar[str] = "nnUNetTrainerLightMUNetS"  # the trainer whose network's MACs are aimed at
 
     @classmethod
     def build_network_architecture(
@@ -171,25 +157,13 @@ class nnUNetTrainerSlimUNet(nnUNetTrainer):
         self.print_to_log_file(f"features {self._features()}, for about the MACs of {self.like}")
 
 
-class nnUNetTrainerSlimUNetLightMUNet(nnUNetTrainerSlimUNet):
-    """nnU-Net's network with about the MACs of LightM-UNet."""
-
-    like = "nnUNetTrainerLightMUNet"
-
-
-class nnUNetTrainerSlimUNetLightMUNetT(nnUNetTrainerSlimUNet):
-    """nnU-Net's network with about the MACs of LightM-UNet T."""
-
-    like = "nnUNetTrainerLightMUNetT"
+def _slim(light: str) -> type[nnUNetTrainerSlimUNet]:
+    """The control whose MACs are those of another light network."""
+    namespace = {"__module__": __name__, "like": f"nnUNetTrainer{light}"}
+    return type(f"nnUNetTrainerSlimUNet{light}", (nnUNetTrainerSlimUNet,), namespace)
 
 
-class nnUNetTrainerSlimUNetULite(nnUNetTrainerSlimUNet):
-    """nnU-Net's network with about the MACs of U-Lite."""
-
-    like = "nnUNetTrainerULite"
-
-
-class nnUNetTrainerSlimUNetUltraLightUNet(nnUNetTrainerSlimUNet):
-    """nnU-Net's network with about the MACs of UltraLightUNet."""
-
-    like = "nnUNetTrainerUltraLightUNet"
+nnUNetTrainerSlimUNetLightMUNet = _slim("LightMUNet")
+nnUNetTrainerSlimUNetLightMUNetT = _slim("LightMUNetT")
+nnUNetTrainerSlimUNetULite = _slim("ULite")
+nnUNetTrainerSlimUNetUltraLightUNet = _slim("UltraLightUNet")

@@ -18,17 +18,12 @@ import torch
 from torch import nn
 
 from nnunetv2_lightnets.nnunet.schedules import Cosine
-from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer, variant
 from nnunetv2_lightnets.pretrained import load_vmamba, vmamba_path
 
 
 class nnUNetTrainerSwinUMamba(LightNetsTrainer):
-    """Swin-UMamba as released, 59.9 M parameters, from ImageNet weights.
-
-    Attributes:
-        pretrained: start from ImageNet weights, and freeze what they cover for ``frozen_epochs``.
-        frozen_epochs: epochs for which the encoder does not move.
-    """
+    """Swin-UMamba as released, 59.9 M parameters, from ImageNet weights."""
 
     network_name = "swin_umamba"
     deep_supervision = True
@@ -37,8 +32,8 @@ class nnUNetTrainerSwinUMamba(LightNetsTrainer):
     optimizer_class = torch.optim.AdamW  # of all parameters, also of those that are frozen at first
     optimizer_kwargs = {"eps": 1e-5}
     schedule = Cosine(final_lr=1e-6)
-    pretrained: ClassVar[bool] = True
-    frozen_epochs: ClassVar[int] = 10
+    pretrained: ClassVar[bool] = True  # start from ImageNet weights, and freeze what they cover
+    frozen_epochs: ClassVar[int] = 10  # for which the encoder does not move
 
     def initialize(self) -> None:
         """Build network, optimizer and loss, and remember that the weights are random."""
@@ -90,10 +85,8 @@ class nnUNetTrainerSwinUMambaScratch(nnUNetTrainerSwinUMamba):
     pretrained = False
 
 
-class nnUNetTrainerSwinUMambaScratchNoScan(nnUNetTrainerSwinUMambaScratch):
-    """Ablation: from random weights, without the selective scans."""
-
-    network_kwargs = {"scan": False}
+# Ablation: from random weights, without the selective scans.
+nnUNetTrainerSwinUMambaScratchNoScan = variant(nnUNetTrainerSwinUMambaScratch, "NoScan", scan=False)
 
 
 class nnUNetTrainerSwinUMambaD(nnUNetTrainerSwinUMamba):

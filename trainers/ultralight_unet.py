@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from nnunetv2_lightnets.nnunet.schedules import Cosine
-from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer
+from nnunetv2_lightnets.nnunet.trainer import LightNetsTrainer, variant
 
 
 class nnUNetTrainerUltraLightUNet(LightNetsTrainer):
@@ -27,31 +27,10 @@ class nnUNetTrainerUltraLightUNet(LightNetsTrainer):
     schedule = Cosine(final_lr=1e-6)
 
 
-class nnUNetTrainerUltraLightUNetT(nnUNetTrainerUltraLightUNet):
-    """Variant "T": 0.03 M parameters in 2D, 0.06 M in 3D."""
-
-    network_kwargs = {"variant": "T"}
-
-
-class nnUNetTrainerUltraLightUNetS(nnUNetTrainerUltraLightUNet):
-    """Variant "S": 0.09 M parameters in 2D, 0.17 M in 3D."""
-
-    network_kwargs = {"variant": "S"}
-
-
-class nnUNetTrainerUltraLightUNetM(nnUNetTrainerUltraLightUNet):
-    """Variant "M": 1.15 M parameters in 2D, 1.44 M in 3D."""
-
-    network_kwargs = {"variant": "M"}
-
-
-class nnUNetTrainerUltraLightUNetL(nnUNetTrainerUltraLightUNet):
-    """Variant "L": 3.76 M parameters in 2D, 4.30 M in 3D."""
-
-    network_kwargs = {"variant": "L"}
-
-
-class nnUNetTrainerUltraLightUNetSingleKernel(nnUNetTrainerUltraLightUNet):
-    """Ablation: the largest kernel alone, so that the receptive field stays and the smaller kernels are gone."""
-
-    network_kwargs = {"variant": "base", "kernel_sizes": (5,)}
+# Parameters in 2D and in 3D: T 0.03 M and 0.06 M, S 0.09 M and 0.17 M, M 1.15 M and 1.44 M, L 3.76 M and 4.30 M.
+nnUNetTrainerUltraLightUNetT = variant(nnUNetTrainerUltraLightUNet, "T", variant="T")
+nnUNetTrainerUltraLightUNetS = variant(nnUNetTrainerUltraLightUNet, "S", variant="S")
+nnUNetTrainerUltraLightUNetM = variant(nnUNetTrainerUltraLightUNet, "M", variant="M")
+nnUNetTrainerUltraLightUNetL = variant(nnUNetTrainerUltraLightUNet, "L", variant="L")
+# Ablation: the largest kernel alone, so that the receptive field stays and the smaller kernels are gone.
+nnUNetTrainerUltraLightUNetSingleKernel = variant(nnUNetTrainerUltraLightUNet, "SingleKernel", kernel_sizes=(5,))

@@ -6,11 +6,12 @@ import errno
 import os
 import re
 import sys
+import traceback
 from types import TracebackType
 
-from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE, is_nnunet_command
+from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE, external_folders, is_nnunet_command
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.files import is_damaged
+from nnunetv2_lightnets.files import is_damaged, last_line
 from nnunetv2_lightnets.nnunet.folders import FOLDERS, PREPROCESSED, RESULTS
 from nnunetv2_lightnets.nnunet.trainer_names import nearest_trainers
 
@@ -37,6 +38,9 @@ def user_mistake(error: BaseException) -> str | None:
         return "Interrupted. A training goes on from its last checkpoint with --c."
     if isinstance(error, LightNetsError):
         mistake = str(error)
+    elif type(error).__name__ == "ProcessRaisedException":  # on several GPUs: the text is a process's own traceback
+        _, ours, words = last_line(error).partition(f"{LightNetsError.__module__}.LightNetsError: ")
+        mistake = words if ours else None
     elif isinstance(error, OSError):
         mistake = _system_mistake(error)
     elif is_damaged(error):
@@ -80,13 +84,12 @@ def _missing_file_remedy(file: str) -> str:
 
 def _damaged_checkpoint(error: BaseException) -> str | None:
     """Name the file; the error does not, but the call of ``torch.load`` that it comes out of does."""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
         if code.co_name == "load" and code.co_filename.endswith(os.path.join("torch", "serialization.py")):
-            file = trace.tb_frame.f_locals.get("f")
-            return f"{file} cannot be read: it is truncated or damaged, or no checkpoint; get it again"
-        trace = trace.tb_next
+            return (
+                f"{frame.f_locals.get('f')} cannot be read: it is truncated or damaged, or no checkpoint; get it again"
+            )
     return None
 
 
@@ -157,11 +160,7 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 def _users_own_module(trace: TracebackType | None) -> str | None:
     """The file in a folder of ``nnUNet_extTrainer``, other than ours, through which an error went."""
-    folders = [os.path.abspath(f) for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f.strip()]
-    own = [os.path.join(folder, "") for folder in folders if folder != SHIM_FOLDER]
-    while trace is not None:
-        file = os.path.abspath(trace.tb_frame.f_code.co_filename)
-        if file.startswith(tuple(own)):
-            return file
-        trace = trace.tb_next
-    return None
+    folders = map(os.path.abspath, external_folders())
+    own = tuple(os.path.join(folder, "") for folder in folders if folder != SHIM_FOLDER)
+    files = (os.path.abspath(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(trace))
+    return next((file for file in files if file.startswith(own)), None)

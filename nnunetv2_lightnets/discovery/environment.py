@@ -8,6 +8,11 @@ DISABLE = "NNUNET_LIGHTNETS_DISABLE"
 SHIM_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "shim")
 
 
+def external_folders() -> list[str]:
+    """The folders that nnU-Net is told to search, ours included."""
+    return [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
+
+
 def is_nnunet_command() -> bool:
     """Whether this process was started as one of nnU-Net's commands (``nnUNetv2_train``, ``nnUNetv2_predict``, ...)."""
     program = os.path.basename(sys.argv[0] if sys.argv else "")

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from nnunetv2_lightnets.discovery.command_line import report_errors_in_one_line, trainer_argument
-from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE
+from nnunetv2_lightnets.discovery.environment import SHIM_FOLDER, VARIABLE, external_folders
 from nnunetv2_lightnets.trainers import find_trainer
 
 
@@ -20,7 +20,7 @@ def trainer_or_attribute_error(name: str) -> Any:
     """
     if not name.startswith("nnUNetTrainer") and name != trainer_argument():
         raise AttributeError(name)  # what Python asks of any module: __path__, __spec__, ...
-    for folder in _folders():
+    for folder in external_folders():
         if not os.path.isdir(folder):
             _name_missing_folder(folder)
     trainer = find_trainer(name)
@@ -31,13 +31,9 @@ def trainer_or_attribute_error(name: str) -> Any:
     return trainer
 
 
-def _folders() -> list[str]:
-    return [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
-
-
 def _searched_last() -> bool:
     """Whether no existing folder comes after ours in nnU-Net's search."""
-    folders = _folders()
+    folders = external_folders()
     if SHIM_FOLDER not in folders:
         return True
     return not any(os.path.isdir(folder) for folder in folders[folders.index(SHIM_FOLDER) + 1 :])

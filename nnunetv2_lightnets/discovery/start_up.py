@@ -6,14 +6,14 @@ export anything. It must cost nothing (no torch, no nnU-Net), keep what the user
 
 import os
 
-from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, is_nnunet_command
+from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, external_folders, is_nnunet_command
 
 
 def announce() -> None:
     """Append the shim's folder to ``nnUNet_extTrainer`` of this process, once, unless the user switched us off."""
     if os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "false", "no"):
         return
-    folders = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
+    folders = external_folders()
     if SHIM_FOLDER not in folders:
         os.environ[VARIABLE] = os.pathsep.join([*folders, SHIM_FOLDER])
     if is_nnunet_command():

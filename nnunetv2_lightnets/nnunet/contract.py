@@ -6,32 +6,30 @@ release lacks.
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 from typing import Any
 
 TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer"
 PLANS = "nnunetv2.utilities.plans_handling.plans_handler"
 
+_WITHOUT_PARAMETERS = (
+    "initialize configure_optimizers on_train_start on_epoch_start on_train_epoch_start _get_deep_supervision_scales "
+    "_build_loss _do_i_compile"
+)
+
 # ``module:name.attribute`` and the parameters; None where any will do. ``a|b`` is a parameter whose name has changed.
 NAMES: dict[str, str | None] = {
+    **{f"{TRAINER}.{name}": "self" for name in _WITHOUT_PARAMETERS.split()},
     f"{TRAINER}.__init__": "self plans configuration fold dataset_json device",
     f"{TRAINER}.build_network_architecture": (
         "plans_manager configuration_manager num_input_channels num_output_channels enable_deep_supervision"
     ),
-    f"{TRAINER}.initialize": "self",
-    f"{TRAINER}.configure_optimizers": "self",
     f"{TRAINER}.set_deep_supervision_enabled": "self enabled",
-    f"{TRAINER}.on_train_start": "self",
-    f"{TRAINER}.on_epoch_start": "self",
-    f"{TRAINER}.on_train_epoch_start": "self",
     f"{TRAINER}.train_step": "self batch",
     f"{TRAINER}.save_checkpoint": "self filename",
     f"{TRAINER}.load_checkpoint": "self filename_or_checkpoint|checkpoint",
     f"{TRAINER}.perform_actual_validation": "self save_probabilities",
-    f"{TRAINER}._get_deep_supervision_scales": "self",
-    f"{TRAINER}._build_loss": "self",
-    f"{TRAINER}._do_i_compile": "self",
     f"{TRAINER}.print_to_log_file": "self args also_print_to_console add_timestamp",
     "nnunetv2.configuration:default_num_processes": None,
     "nnunetv2.evaluation.evaluate_predictions:compute_metrics": None,
@@ -146,22 +144,21 @@ SOURCES: dict[str, list[str]] = {
 }
 
 
-def symbol(path: str) -> Any:
-    """``module:attribute.attribute`` as an object."""
-    module, _, attributes = path.partition(":")
-    found = importlib.import_module(module)
-    for attribute in attributes.split("."):
-        found = getattr(found, attribute)
-    return found
+symbol = pkgutil.resolve_name  # ``module:attribute.attribute`` as an object
+
+
+def _found(path: str) -> Any:
+    try:
+        return symbol(path)
+    except (ImportError, AttributeError):
+        return None
 
 
 def name_fault(path: str) -> str | None:
     """What is wrong with a name of NAMES in the nnU-Net that is installed; None if nothing is."""
-    try:
-        found = symbol(path)
-    except (ImportError, AttributeError):
+    found, expected = _found(path), NAMES[path]
+    if found is None:
         return f"{path} is missing"
-    expected = NAMES[path]
     if expected is None:
         return None
     parameters = list(inspect.signature(inspect.unwrap(found)).parameters)
@@ -173,21 +170,15 @@ def name_fault(path: str) -> str | None:
 
 def property_fault(name: str) -> str | None:
     """What is wrong with a property of a configuration; None if nothing is."""
-    path = f"{PLANS}:ConfigurationManager"
-    try:
-        kept = isinstance(inspect.getattr_static(symbol(path), name), property)
-    except (ImportError, AttributeError):
-        kept = False
-    return None if kept else f"{path}.{name} is missing"
+    path = f"{PLANS}:ConfigurationManager.{name}"
+    return None if isinstance(_found(path), property) else f"{path} is missing"
 
 
 def source_fault(path: str) -> str | None:
     """What is missing, or has another place, in the source of a function; None if nothing is."""
-    try:
-        source = inspect.getsource(symbol(path))
-    except (ImportError, AttributeError):
+    if (found := _found(path)) is None:
         return f"{path} is missing"
-    at = -1
+    source, at = inspect.getsource(found), -1
     for fragment in SOURCES[path]:
         at = source.find(fragment, at + 1)
         if at < 0:

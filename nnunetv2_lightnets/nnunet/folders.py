@@ -37,15 +37,13 @@ def temporary_folders() -> Iterator[Path]:
     nnU-Net reads where its folders are at each use.
     """
     with tempfile.TemporaryDirectory(prefix="lightnets_") as folder:
-        before = {name: os.environ.get(name) for name in FOLDERS}
+        before = {name: os.environ[name] for name in FOLDERS if name in os.environ}
         try:
             for name in FOLDERS:
                 os.environ[name] = str(Path(folder, name))
                 Path(folder, name).mkdir()
             yield Path(folder)
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in FOLDERS:
+                os.environ.pop(name, None)
+            os.environ.update(before)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 LARGEST = 1 << 30  # bytes of a block that is kept; larger ones (whole images) go back to the system
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt, in malloc.h
 
 
 @cache
@@ -28,7 +28,9 @@ def reuse_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    # Older releases of glibc refuse a threshold above 32 MiB; there larger blocks are kept, too.
+    kept = mallopt(_M_MMAP_THRESHOLD, LARGEST) or mallopt(_M_MMAP_MAX, 0)
+    return bool(kept and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
 
 
 def reuse_freed_memory_on_cpu(network: nn.Module) -> None:

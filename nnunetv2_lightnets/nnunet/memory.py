@@ -30,17 +30,11 @@ from nnunetv2_lightnets.nnunet.rehearsal import make_targets, make_trainer
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that a training step takes.
+    """Bytes that a training step takes."""
 
-    Attributes:
-        fixed: parameters and the optimizer's state, whatever the patch.
-        step: the most that one step takes beside them: what is saved for the backward pass, gradients, the batch.
-        saved: the part of ``step`` that is saved for the backward pass.
-    """
-
-    fixed: int
-    step: int
-    saved: int
+    fixed: int  # parameters and the optimizer's state, whatever the patch
+    step: int  # the most that one step takes beside them: what is saved for the backward pass, gradients, the batch
+    saved: int  # the part of step that is saved for the backward pass
 
     @property
     def total(self) -> int:
@@ -87,13 +81,14 @@ def step_memory(trainer: Any, patch: Sequence[int], batch_size: int) -> Training
     """
     state_bytes = sum(p.numel() for p in trainer.network.parameters()) * _state_per_weight(trainer.optimizer)
     mode, live = FakeTensorMode(), _LiveBytes()
-    _make_fake(trainer.network, mode)
+    with mode:  # parameters and buffers become fake ones; the real ones are freed
+        trainer.network._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
     with mode, live:
         weight_bytes = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
         outside = live.bytes
         data = torch.empty(batch_size, trainer.num_input_channels, *patch)
         trainer.network.train()
-        live.start()
+        live.peak = live.bytes
         saved = _SavedBytes()
         with saved:
             answers = trainer.network(data)
@@ -122,10 +117,6 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def start(self) -> None:
-        """Forget earlier peaks."""
-        self.peak = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -168,20 +159,3 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     def bytes(self) -> int:
         """Bytes counted so far."""
         return sum(self._sizes.values())
-
-
-def _make_fake(network: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace parameters and buffers by fake ones; the real ones are freed."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = _fake(parameter.detach(), mode)
-                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _fake(buffer, mode)
-
-
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)

@@ -20,29 +20,20 @@ _BASE_FEATURES, _MAX_FEATURES = 32, {2: 512, 3: 320}  # of nnU-Net's default net
 
 @dataclass(frozen=True)
 class Setting:
-    """Plans and data set description, as nnU-Net's trainers take them, and the configuration in question.
+    """Plans and data set description, as nnU-Net's trainers take them, and the configuration in question."""
 
-    Attributes:
-        title: what to call it.
-        plans: a plans file's content.
-        dataset_json: a dataset.json's content.
-        configuration: a configuration of the plans.
-    """
-
-    title: str
-    plans: dict[str, Any]
-    dataset_json: dict[str, Any]
-    configuration: str
+    title: str  # what to call it
+    plans: dict[str, Any]  # a plans file's content
+    dataset_json: dict[str, Any]  # a dataset.json's content
+    configuration: str  # of the plans
 
     @property
     def _planned(self) -> dict[str, Any]:
         """The configuration, with what it inherits from others."""
-        configurations: dict[str, dict[str, Any]] = self.plans["configurations"]
-        planned: dict[str, Any] = {}
-        name: str | None = self.configuration
-        while name is not None:
-            planned = {**configurations[name], **planned}
-            name = configurations[name].get("inherits_from")
+        planned: dict[str, Any] = self.plans["configurations"][self.configuration]
+        while (parent := planned.get("inherits_from")) is not None:
+            above = self.plans["configurations"][parent]
+            planned = {**above, **planned, "inherits_from": above.get("inherits_from")}
         return planned
 
     @property
@@ -170,10 +161,9 @@ def patch_setting(
         "label_manager": "LabelManager",
         "configurations": {_FREE: planned},
     }
-    labels = {"background": 0} | {f"class {i}": i for i in range(1, classes)}
     dataset_json = {
         "channel_names": {str(i): f"channel {i}" for i in range(channels)},
-        "labels": labels,
+        "labels": {"background": 0} | {f"class {i}": i for i in range(1, classes)},
         "numTraining": 1,
         "file_ending": ".nii.gz",
     }

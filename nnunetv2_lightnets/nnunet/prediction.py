@@ -57,9 +57,9 @@ class PredictionNetwork(nn.Module):
         self._prepared = []
         tensors = list(state_dict.values())
         if not any(tensor.is_inference() for tensor in tensors):  # such tensors do not count their changes
-            if len(self._kept) == _KEPT:
-                del self._kept[next(iter(self._kept))]
             key = tuple((id(tensor), tensor._version) for tensor in tensors)
+            if key not in self._kept and len(self._kept) == _KEPT:
+                del self._kept[next(iter(self._kept))]
             # The tensors are kept, too: no other may take the identity of one.
             _, self._prepared = self._kept.setdefault(key, (tensors, self._prepared))
         return keys

@@ -16,14 +16,9 @@ from nnunetv2_lightnets.nnunet.plans import Setting
 def make_trainer(
     trainer_class: type[Any], setting: Setting, batch_size: int, folder: Path, device: torch.device
 ) -> Any:
-    """The trainer as nnU-Net makes it, with network, optimizer and loss, on data that only look preprocessed.
+    """A trainer, ours or nnU-Net's, as nnU-Net makes it, with network, optimizer and loss, and this batch size.
 
-    Args:
-        trainer_class: a trainer of ours, or nnU-Net's.
-        setting: plans and data set.
-        batch_size: patches of a training step, instead of the plans'.
-        folder: where nnU-Net's three folders are, see :func:`nnunetv2_lightnets.nnunet.folders.temporary_folders`.
-        device: to train on.
+    Its data, in ``folder`` (:func:`nnunetv2_lightnets.nnunet.folders.temporary_folders`), only look preprocessed.
     """
     plans = copy.deepcopy(setting.plans)
     plans["continue_training"] = False
@@ -49,18 +44,12 @@ def make_batch(trainer: Any, patch: Sequence[int], batch_size: int) -> dict[str,
 
 def make_targets(trainer: Any, answers: Any, batch_size: int) -> Any:
     """Random labels at every resolution that the network answers in: one tensor, or a list under deep supervision."""
-    several = isinstance(answers, (list, tuple))
-    manager = trainer.label_manager
-    targets = []
-    for answer in answers if several else [answers]:
-        spatial = answer.shape[2:]
-        if manager.has_regions:
-            shape = (batch_size, manager.num_segmentation_heads, *spatial)
-            targets.append(torch.randint(0, 2, shape, dtype=torch.bool))
-        else:
-            shape = (batch_size, 1, *spatial)
-            targets.append(torch.randint(0, manager.num_segmentation_heads, shape, dtype=torch.int16))
-    return targets if several else targets[0]
+    if isinstance(answers, (list, tuple)):
+        return [make_targets(trainer, answer, batch_size) for answer in answers]
+    heads = trainer.label_manager.num_segmentation_heads
+    if trainer.label_manager.has_regions:
+        return torch.randint(0, 2, (batch_size, heads, *answers.shape[2:]), dtype=torch.bool)
+    return torch.randint(0, heads, (batch_size, 1, *answers.shape[2:]), dtype=torch.int16)
 
 
 def autocast(device: torch.device) -> torch.autocast:

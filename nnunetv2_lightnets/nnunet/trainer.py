@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,50 +49,24 @@ def strides_from_plan(
     return tuple(planned + [no_pooling] * (n_downsamplings - len(planned)))
 
 
-def _pooling(configuration: ConfigurationManager) -> Sequence[Sequence[int]]:
-    """Per-axis pooling of a plan, from the input's own resolution on; our planner writes it under a name of its own."""
-    own = configuration.network_arch_init_kwargs.get("network_strides")
-    pooling: Sequence[Sequence[int]] = configuration.pool_op_kernel_sizes
-    return pooling if own is None else [[1] * len(own[0]), *own]
-
-
 class LightNetsTrainer(CheckpointTrainer):
-    """Base of all recipes: a recipe is a table of these attributes, of which nnU-Net's own values stand here.
+    """Base of all recipes: a recipe is a table of these attributes, of which nnU-Net's own values stand here."""
 
-    Attributes:
-        network_name: the network's name in the registry.
-        network_kwargs: its architecture, where it differs from the network's own defaults.
-        n_downsamplings: how many strides the network takes from the plan; None if its strides are fixed.
-        deep_supervision: whether the network is trained at several resolutions.
-        initial_lr: learning rate at the first epoch.
-        weight_decay: of all parameters, as the optimizer means it.
-        optimizer_class: of torch; called with the parameters, the two values above, and ``optimizer_kwargs``.
-        optimizer_kwargs: what this class takes beside them; stated together with it.
-        schedule: of the learning rate, see :mod:`nnunetv2_lightnets.nnunet.schedules`.
-        clip_norm: largest norm of the gradient of what is trained.
-    """
-
-    network_name: ClassVar[str]
-    network_kwargs: ClassVar[Mapping[str, Any]] = {}
-    n_downsamplings: ClassVar[int | None] = None
-    deep_supervision: ClassVar[bool] = False
-    initial_lr: float = 1e-2
-    weight_decay: float = 3e-5
+    network_name: ClassVar[str]  # in the registry
+    network_kwargs: ClassVar[Mapping[str, Any]] = {}  # its architecture, where it differs from the network's defaults
+    n_downsamplings: ClassVar[int | None] = None  # strides that are taken from the plan; None: the network's are fixed
+    deep_supervision: ClassVar[bool] = False  # whether the network is trained at several resolutions
+    initial_lr: float = 1e-2  # at the first epoch
+    weight_decay: float = 3e-5  # of all parameters, as the optimizer means it
     optimizer_class: ClassVar[type[Any]] = torch.optim.SGD
-    optimizer_kwargs: ClassVar[Mapping[str, Any]] = {"momentum": 0.99, "nesterov": True}
-    schedule: ClassVar[Poly | Cosine] = Poly()
-    clip_norm: ClassVar[float] = 12.0
+    optimizer_kwargs: ClassVar[Mapping[str, Any]] = {"momentum": 0.99, "nesterov": True}  # stated with its class
+    schedule: ClassVar[Poly | Cosine] = Poly()  # of the learning rate
+    clip_norm: ClassVar[float] = 12.0  # largest norm of the gradient of what is trained
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
+    @wraps(nnUNetTrainer.__init__)  # type: ignore[misc] # nnU-Net records what this signature names
+    def __init__(self, plans: dict[str, Any], configuration: str, *args: Any, **kwargs: Any) -> None:
         self._refuse_what_cannot_work(plans, configuration)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        super().__init__(plans, configuration, *args, **kwargs)
         # nnU-Net's constructor has set its own values.
         self.initial_lr, self.weight_decay = type(self).initial_lr, type(self).weight_decay
         self.enable_deep_supervision = self.deep_supervision
@@ -147,11 +122,14 @@ class LightNetsTrainer(CheckpointTrainer):
     ) -> nn.Module:
         """The network as it is trained, for the patch and strides of a plan."""
         architecture = {**cls.network_kwargs, **cls.planned_architecture(configuration_manager)}
+        dims = len(configuration_manager.patch_size)
         if cls.n_downsamplings is not None:
-            architecture["strides"] = strides_from_plan(_pooling(configuration_manager), cls.n_downsamplings)
+            own = configuration_manager.network_arch_init_kwargs.get("network_strides")  # in plans of our planner
+            pooling = [[1] * dims, *own] if own else configuration_manager.pool_op_kernel_sizes
+            architecture["strides"] = strides_from_plan(pooling, cls.n_downsamplings)
         return create_network(
             cls.network_name,
-            spatial_dims=len(configuration_manager.patch_size),
+            spatial_dims=dims,
             input_channels=num_input_channels,
             num_classes=num_output_channels,
             deep_supervision=enable_deep_supervision and cls.deep_supervision,
@@ -264,6 +242,12 @@ class LightNetsTrainer(CheckpointTrainer):
             )
 
 
+def variant(base: type[LightNetsTrainer], suffix: str, **network_kwargs: Any) -> type[Any]:
+    """The recipe ``base`` of the same file for a network of other settings; it must be assigned to this name."""
+    namespace = {"__module__": base.__module__, "network_kwargs": {**base.network_kwargs, **network_kwargs}}
+    return type(base.__name__ + suffix, (base,), namespace)
+
+
 def with_budget(
     trainer: type[nnUNetTrainer], name: str, *, epochs: int | None, iterations: int | None
 ) -> type[nnUNetTrainer]:
@@ -273,15 +257,9 @@ def with_budget(
     often than every 50 epochs, so that an interruption costs at most a tenth of them.
     """
 
-    def __init__(
-        self: Any,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
-    ) -> None:
-        trainer.__init__(self, plans, configuration, fold, dataset_json, device)
+    @wraps(trainer.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        trainer.__init__(self, *args, **kwargs)
         if epochs is not None:
             self.num_epochs = epochs
             self.save_every = max(1, min(self.save_every, epochs // 10))

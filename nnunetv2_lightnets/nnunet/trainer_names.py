@@ -5,38 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 
-# Trainer -> file in this folder.
-TRAINERS = {
-    "nnUNetTrainerLightMUNet": "lightm_unet",
-    "nnUNetTrainerLightMUNetS": "lightm_unet",
-    "nnUNetTrainerLightMUNetT": "lightm_unet",
-    "nnUNetTrainerLightMUNetDemo": "lightm_unet",
-    "nnUNetTrainerLightMUNetNoScan": "lightm_unet",
-    "nnUNetTrainerLightMUNetSNoScan": "lightm_unet",
-    "nnUNetTrainerLightMUNetTNoScan": "lightm_unet",
-    "nnUNetTrainerULite": "ulite",
-    "nnUNetTrainerUltraLightUNet": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetT": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetS": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetM": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetL": "ultralight_unet",
-    "nnUNetTrainerUltraLightUNetSingleKernel": "ultralight_unet",
-    "nnUNetTrainerSwinUMamba": "swin_umamba",
-    "nnUNetTrainerSwinUMambaScratch": "swin_umamba",
-    "nnUNetTrainerSwinUMambaScratchNoScan": "swin_umamba",
-    "nnUNetTrainerSwinUMambaD": "swin_umamba",
-    "nnUNetTrainerSwinUMambaDScratch": "swin_umamba",
-    "nnUNetTrainerUMambaBot": "umamba",
-    "nnUNetTrainerUMambaEnc": "umamba",
-    "nnUNetTrainerSegResNet": "monai_baselines",
-    "nnUNetTrainerUNETR": "monai_baselines",
-    "nnUNetTrainerSwinUNETR": "monai_baselines",
-    "nnUNetTrainerSlimUNet": "slim_unet",
-    "nnUNetTrainerSlimUNetLightMUNet": "slim_unet",
-    "nnUNetTrainerSlimUNetLightMUNetT": "slim_unet",
-    "nnUNetTrainerSlimUNetULite": "slim_unet",
-    "nnUNetTrainerSlimUNetUltraLightUNet": "slim_unet",
+# File of trainers/ -> its trainers, all of which begin with nnUNetTrainer; first the one of the network as published.
+_FILES = {
+    "lightm_unet": "LightMUNet LightMUNetS LightMUNetT LightMUNetDemo "
+    "LightMUNetNoScan LightMUNetSNoScan LightMUNetTNoScan",
+    "ulite": "ULite",
+    "ultralight_unet": "UltraLightUNet UltraLightUNetT UltraLightUNetS UltraLightUNetM UltraLightUNetL "
+    "UltraLightUNetSingleKernel",
+    "swin_umamba": "SwinUMamba SwinUMambaScratch SwinUMambaScratchNoScan SwinUMambaD SwinUMambaDScratch",
+    "umamba": "UMambaBot UMambaEnc",
+    "monai_baselines": "SegResNet UNETR SwinUNETR",
+    "slim_unet": "SlimUNet SlimUNetLightMUNet SlimUNetLightMUNetT SlimUNetULite SlimUNetUltraLightUNet",
 }
+# Trainer -> file.
+TRAINERS = {f"nnUNetTrainer{name}": file for file, names in _FILES.items() for name in names.split()}
 
 BUDGET = re.compile(r"_([1-9]\d*)(epochs|iters)")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+import pooch
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import write_atomically
@@ -28,8 +29,6 @@ def cache_folder() -> Path:
     """``$NNUNET_LIGHTNETS_CACHE``, or the user's cache folder of this system. It may not exist yet."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder).expanduser()
-    import pooch
-
     return Path(pooch.os_cache("nnunetv2_lightnets"))
 
 
@@ -59,16 +58,7 @@ class FileRecord:
     def of(cls, path: Path, source: str) -> FileRecord:
         """Size and SHA-256 of the file at ``path``, recorded now."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(path.stat().st_size, sha256_of(path), source, now)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return cls(path.stat().st_size, pooch.file_hash(path), source, now)
 
 
 def read_records(folder: Path) -> dict[str, FileRecord]:
@@ -105,7 +95,7 @@ def check_file(path: Path, name: str | None = None, folder: Path | None = None) 
         raise LightNetsError(
             f"{path} is truncated: {size:,} of {record.size:,} bytes; delete it, then {two_ways_out()}"
         )
-    sha256 = sha256_of(path)
+    sha256: str = pooch.file_hash(path)
     if record and sha256 != record.sha256:
         raise LightNetsError(
             f"{path} is not the file first used: its SHA-256 is {sha256}, the one recorded on {record.recorded} in "

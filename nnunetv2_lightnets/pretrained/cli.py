@@ -28,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code.
-
-    Raises:
-        LightNetsError: whatever the user can mend.
-    """
+    """Get the weights, and say where they are."""
     from nnunetv2_lightnets.pretrained.download import get_vmamba
 
     path = get_vmamba(file=args.file, urls=args.url or VMAMBA_URLS)

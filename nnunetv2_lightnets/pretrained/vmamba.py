@@ -14,6 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks import create_network
 from nnunetv2_lightnets.pretrained.cache import VMAMBA_CHECKPOINT, check_file, two_ways_out, vmamba_path
 from nnunetv2_lightnets.pretrained.official import first_few, plain_state_dict
 
@@ -63,41 +65,14 @@ class LoadReport:
         )
 
 
-def vmamba_tiny_shapes() -> dict[str, tuple[int, ...]]:
+@cache
+def vmamba_tiny_shapes() -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of the published checkpoint: 212 tensors, 22,893,448 parameters, all float32."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.weight": (96, 3, 4, 4),
-        "patch_embed.proj.bias": (96,),
-        "patch_embed.norm.weight": (96,),
-        "patch_embed.norm.bias": (96,),
-    }
-    for stage, (depth, dim) in enumerate(zip((2, 2, 9, 2), (96, 192, 384, 768), strict=True)):
-        inner, rank, directions = 2 * dim, dim // 16, 4
-        for block in range(depth):
-            shapes |= {
-                f"layers.{stage}.blocks.{block}.{name}": shape
-                for name, shape in {
-                    "ln_1.weight": (dim,),
-                    "ln_1.bias": (dim,),
-                    "self_attention.x_proj_weight": (directions, rank + 2 * STATE_SIZE, inner),
-                    "self_attention.dt_projs_weight": (directions, inner, rank),
-                    "self_attention.dt_projs_bias": (directions, inner),
-                    "self_attention.A_logs": (directions * inner, STATE_SIZE),
-                    "self_attention.Ds": (directions * inner,),
-                    "self_attention.in_proj.weight": (2 * inner, dim),
-                    "self_attention.conv2d.weight": (inner, 1, 3, 3),
-                    "self_attention.conv2d.bias": (inner,),
-                    "self_attention.out_norm.weight": (inner,),
-                    "self_attention.out_norm.bias": (inner,),
-                    "self_attention.out_proj.weight": (dim, inner),
-                }.items()
-            }
-        if stage < 3:
-            shapes |= {
-                f"layers.{stage}.downsample.reduction.weight": (2 * dim, 4 * dim),
-                f"layers.{stage}.downsample.norm.weight": (4 * dim,),
-                f"layers.{stage}.downsample.norm.bias": (4 * dim,),
-            }
+    # Swin-UMamba†'s encoder is VMamba-Tiny; what follows is the norm and the classifier that come after it.
+    with torch.device("meta"):
+        network: Any = create_network("swin_umamba_d", spatial_dims=2, input_channels=3, num_classes=2)
+    own = network.state_dict()
+    shapes = {key: tuple(own[target].shape) for key, target in network.vmamba_keys().items()}
     return shapes | {"norm.weight": (768,), "norm.bias": (768,), "head.weight": (1000, 768), "head.bias": (1000,)}
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nnunetv2_lightnets.discovery.command_line import user_mistake
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.nnunet.folders import dataset_folder
 
 MODEL = "Dataset001_X/nnUNetTrainerLightMUNet_5epochs__nnUNetPlans__2d"
 MISSPELT_MODEL = "Dataset001_X/nnUNetTrainerLightMUnet__nnUNetPlans__2d"
@@ -84,6 +85,18 @@ def test_a_worker_that_died_is_no_fault_of_the_disk(error: OSError) -> None:
 )
 def test_faults_are_no_mistakes(error: BaseException) -> None:
     assert user_mistake(error) is None
+
+
+def test_a_mistake_found_by_one_of_several_processes_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nnU-Net trains on several GPUs."""
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    with pytest.raises(Exception, match="Traceback") as caught:
+        torch.multiprocessing.spawn(dataset_folder, nprocs=1)
+    expected = "Error: nnUNet_preprocessed is not set to a folder, so -d 0 cannot be found; set it"
+    assert user_mistake(caught.value) == expected
+    with pytest.raises(Exception, match="Traceback") as caught:
+        torch.multiprocessing.spawn(divmod, args=(0,), nprocs=1)
+    assert user_mistake(caught.value) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 the start of one"])

@@ -103,6 +103,19 @@ def test_a_copy_is_prepared_once_for_each_fold_and_not_again_for_each_case(prepa
     assert torch.equal(network.state_dict()["decoder.seg_layers.0.weight"], states[-1]["decoder.seg_layers.0.weight"])
 
 
+def test_as_many_folds_as_are_kept_are_prepared_once(
+    prepared: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "_KEPT", 2)
+    states = [ulite(seed).state_dict() for seed in range(2)]
+    network = PredictionNetwork(ulite(9)).eval()
+    for _ in range(2):
+        for state in states:
+            network.load_state_dict(state)
+            network(torch.randn(1, 2, 32, 32))
+    assert len(prepared) == 2
+
+
 def test_changed_weights_are_seen(prepared: list[nn.Module]) -> None:
     fold = ulite(1)
     network, x = PredictionNetwork(ulite(2)).eval(), torch.randn(1, 2, 32, 32)
