@@ -259,7 +259,7 @@ class Planner:
     def _architecture(self, dims: int, strides: list[list[int]] | None) -> dict[str, Any]:
         """The plans' block that names the network, as nnU-Net builds it."""
         from nnunetv2_lightnets.networks import network_entry
-        from nnunetv2_lightnets.plans.networks import output_strides
+        from nnunetv2_lightnets.nnunet.planned_networks import output_strides
 
         scales = self._network(dims).deep_supervision_scales if self.trainer_class.deep_supervision else (1.0, 0.5)
         kwargs: dict[str, Any] = {"spatial_dims": dims, "strides": output_strides(scales, dims)}

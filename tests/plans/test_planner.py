@@ -139,7 +139,7 @@ def test_stock_trainer_gets_the_one_output_with_all_the_weight(trainer: str) -> 
 
 
 def test_deep_supervision_scales_are_what_nnunet_reads_from_the_plans() -> None:
-    from nnunetv2_lightnets.plans.networks import output_strides
+    from nnunetv2_lightnets.nnunet.planned_networks import output_strides
 
     for scales in ((1.0, 0.5), (1.0, 0.5, 0.25, 0.125), (1.0, 0.25, 0.125, 0.0625)):
         product, read = 1, []
