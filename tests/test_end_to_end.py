@@ -20,7 +20,7 @@ from wheels import fresh_environment
 TRAINER = "nnUNetTrainerLightMUNetT_2epochs_5iters"
 
 
-@pytest.fixture(scope="module", params=["3d_fullres", pytest.param("2d", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.slow) for c in ("3d_fullres", "2d")])
 def trained(request: pytest.FixtureRequest, nnunet: NNUNet) -> tuple[NNUNet, str]:
     configuration = request.param
     nnunet.must("nnUNetv2_train", str(ID), configuration, "0", "-tr", TRAINER, "-device", "cpu")
