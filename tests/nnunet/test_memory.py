@@ -89,7 +89,7 @@ def test_nothing_of_the_users_is_touched(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "trainer, patch, batch",
     [
-        ("nnUNetTrainerULite", "[256, 256]", "4"),
+        pytest.param("nnUNetTrainerULite", "[256, 256]", "4", marks=pytest.mark.slow),
         pytest.param("nnUNetTrainerUltraLightUNet", "[48, 64, 64]", "2", marks=pytest.mark.slow),
         pytest.param("nnUNetTrainerLightMUNetS", "[40, 56, 40]", "2", marks=pytest.mark.slow),
         pytest.param("nnUNetTrainerSwinUMambaDScratch", "[256, 256]", "2", marks=pytest.mark.slow),

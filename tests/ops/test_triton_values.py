@@ -117,7 +117,7 @@ def test_directional_scan_larger(interpreter: TritonProcess, case: dict[str, Any
     "case",
     [
         {"cut": 71, "programs": 1},
-        {"cut": 129},
+        pytest.param({"cut": 129}, marks=pytest.mark.slow),
         pytest.param({"cut": 1}, marks=pytest.mark.slow),
         pytest.param({"cut": 64}, marks=pytest.mark.slow),
     ],
