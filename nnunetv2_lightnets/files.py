@@ -12,6 +12,17 @@ from typing import IO, Any
 
 from nnunetv2_lightnets.errors import LightNetsError
 
+CACHE_VARIABLE = "NNUNET_LIGHTNETS_CACHE"
+
+
+def cache_folder() -> Path:
+    """``$NNUNET_LIGHTNETS_CACHE``, or the user's cache folder of this system. It may not exist yet."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder).expanduser()
+    import pooch  # here, as scans in a Python without it must still run
+
+    return Path(pooch.os_cache("nnunetv2_lightnets"))
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:

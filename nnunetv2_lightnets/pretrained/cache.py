@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,9 +10,8 @@ from pathlib import Path
 import pooch
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.files import write_atomically
+from nnunetv2_lightnets.files import cache_folder, write_atomically
 
-CACHE_VARIABLE = "NNUNET_LIGHTNETS_CACHE"
 # VMamba-Tiny, trained on ImageNet-1K without EMA (Liu et al., VMamba, arXiv:2401.10166v1; MIT licence). The same
 # file under two releases, as the project moved it; "%23" is the "#" of the release's name.
 VMAMBA_CHECKPOINT = "vssmtiny_dp01_ckpt_epoch_292.pth"
@@ -23,13 +21,6 @@ VMAMBA_URLS = (
 )
 VMAMBA_FILE = "vmamba_tiny_v0.safetensors"
 RECORD_FILE = "record.json"
-
-
-def cache_folder() -> Path:
-    """``$NNUNET_LIGHTNETS_CACHE``, or the user's cache folder of this system. It may not exist yet."""
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder).expanduser()
-    return Path(pooch.os_cache("nnunetv2_lightnets"))
 
 
 def vmamba_path() -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_lightnets.pretrained.cache import CACHE_VARIABLE, VMAMBA_FILE, VMAMBA_URLS, read_records
+from nnunetv2_lightnets.files import CACHE_VARIABLE
+from nnunetv2_lightnets.pretrained.cache import VMAMBA_FILE, VMAMBA_URLS, read_records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,15 +19,13 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.files import atomic_file
+from nnunetv2_lightnets.files import CACHE_VARIABLE, atomic_file, cache_folder
 from nnunetv2_lightnets.pretrained.cache import (
-    CACHE_VARIABLE,
     RECORD_FILE,
     VMAMBA_CHECKPOINT,
     VMAMBA_FILE,
     VMAMBA_URLS,
     FileRecord,
-    cache_folder,
     check_file,
     read_records,
     write_record,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunetv2_lightnets.pretrained.cache import CACHE_VARIABLE
+from nnunetv2_lightnets.files import CACHE_VARIABLE
 from nnunetv2_lightnets.pretrained.vmamba import vmamba_tiny_shapes
 
 

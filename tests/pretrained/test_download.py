@@ -23,15 +23,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nnunetv2_lightnets import LightNetsError
+from nnunetv2_lightnets.files import CACHE_VARIABLE, cache_folder
 from nnunetv2_lightnets.networks.swin_umamba_d import SwinUMambaD
 from nnunetv2_lightnets.pretrained import cli, load_vmamba, vmamba_path
 from nnunetv2_lightnets.pretrained.cache import (
-    CACHE_VARIABLE,
     RECORD_FILE,
     VMAMBA_CHECKPOINT,
     VMAMBA_FILE,
     VMAMBA_URLS,
-    cache_folder,
     read_records,
 )
 from nnunetv2_lightnets.pretrained.download import get_vmamba

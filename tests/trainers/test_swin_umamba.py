@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from nnunet_commands import DATASET, NNUNet
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import CACHE_VARIABLE
 from nnunetv2_lightnets.nnunet.schedules import CosineSchedule
-from nnunetv2_lightnets.pretrained.cache import CACHE_VARIABLE, VMAMBA_FILE
+from nnunetv2_lightnets.pretrained.cache import VMAMBA_FILE
 from nnunetv2_lightnets.pretrained.vmamba import vmamba_tiny_shapes
 from nnunetv2_lightnets.trainers import swin_umamba as recipes
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from nnunet_commands import NNUNet
+from nnunetv2_lightnets.files import CACHE_VARIABLE
 from nnunetv2_lightnets.networks import create_network
-from nnunetv2_lightnets.pretrained.cache import CACHE_VARIABLE
 from nnunetv2_lightnets.pretrained.vmamba import vmamba_tiny_shapes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
