@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnunetv2_lightnets.ops import triton_runtime
 from nnunetv2_lightnets.ops.selective_scan import reference, triton_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 
 torch.set_num_threads(1)
+TABLES = {"forward": triton_scan.FORWARD, "backward": triton_scan.BACKWARD}
 GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial_state")
 
 
@@ -118,17 +120,19 @@ def _double(scan: Scan) -> Scan:
     return _changed(scan, lambda _, x: x.double() if x.is_floating_point() else x)
 
 
-def _settings(programs: int, run: int) -> None:
-    """How many programs to cut a scan into, and how many segments pass 2 takes at once."""
-    triton_scan._FORWARD_PROGRAMS = triton_scan._BACKWARD_PROGRAMS = programs
+def _settings(programs: int, run: int, candidate: int = 0) -> None:
+    """How many programs to cut a scan into, how many segments pass 2 takes at once, and which tiles are taken."""
+    triton_scan.FORWARD, triton_scan.BACKWARD = (
+        (replace(table[candidate], programs=programs),) for table in (TABLES["forward"], TABLES["backward"])
+    )
     triton_scan._RUN = run
 
 
 def scan_errors(
-    kind: str, *, programs: int = 16, run: int = 32, last_state: bool = True, **case: Any
+    kind: str, *, programs: int = 16, run: int = 32, candidate: int = 0, last_state: bool = True, **case: Any
 ) -> dict[str, float]:
     """Errors of all results against the reference in float64; checks dtypes and layouts on the way."""
-    _settings(programs, run)
+    _settings(programs, run, candidate)
     torch.manual_seed(0)
     scan = plain_scan(**case) if kind == "plain" else directional(**case)
     scan.check()
@@ -210,7 +214,7 @@ def start_errors(segments: int, reverse: bool, given: bool) -> float:
     scan = triton_scan._Prepared(plain)
     ends, dt_sums = torch.randn(2, segments, 5, 3).double(), torch.rand(2, segments, 3).double()
     first = torch.randn(2, 1, 5, 3).double() if given else None
-    found = triton_scan._starts(scan, ends, dt_sums, first, reverse)
+    found = triton_scan._starts(scan, triton_scan.FORWARD[0], ends, dt_sums, first, reverse)
     state = torch.zeros(2, 5, 3).double() if first is None else first[:, 0]
     wanted = torch.empty_like(ends)
     for segment in reversed(range(segments)) if reverse else range(segments):
@@ -273,8 +277,8 @@ def resources(
     what a GPU with this many multiprocessors would be given.
     """
     launches: list[tuple[Any, dict[str, Any]]] = []
-    triton_scan._launch = lambda kernel, programs, arguments: launches.append((kernel, arguments))
-    triton_scan._multiprocessors = lambda device: multiprocessors
+    triton_runtime.launch = lambda kernel, programs, arguments: launches.append((kernel, arguments))
+    triton_runtime.multiprocessors = lambda device: multiprocessors
     scan = plain_scan(**case, device="meta") if kind == "plain" else _meta_directional(**case)
     out, last, states = triton_scan.forward(scan, True)
     if backward:
@@ -331,7 +335,7 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[st
 
     signature, constants, attributes = _signature(kernel, arguments)
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+    options = {name: arguments[name] for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in arguments}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin = Path(f"{kernel.__name__}.cubin")  # in the worker's own folder

@@ -10,9 +10,11 @@ Names used throughout:
   states of each (padded to ``BLOCK_N``, a power of two). The states, an (N, BLOCK_D) tile ``h``, stay in its registers.
 * Inputs per channel and token come as (BLOCK_D, tokens) tiles: whichever of the two axes is the contiguous one in
   memory, a warp moves whole sectors, and the loads of a tile are in flight together.
-* ``A_log2e`` holds A * log2(e), (directions, N, channels), so that a decay is one exp2.
+* ``a`` is a program's part of A, (N, BLOCK_D), times log2(e), so that a decay is one exp2.
+* B and C, and their gradients, lie in memory in the same way, so that one set of strides serves both.
 * ``order`` (directions, L), where given, holds the position in memory of each token; ``None``: tokens lie in order.
 * ``ACC`` is the compute dtype.
+* A walk loads tokens ``AHEAD`` of those that it computes: one step, or none.
 
 Padding needs no special cases: tokens past the end have a step size of 0 (decay 1, input 0), padded states and
 channels have inputs and gradients of 0. Offsets and channels are 64-bit where they enter an address.
@@ -27,12 +29,12 @@ CHUNK = tl.constexpr(64)  # tokens between two checkpoints
 TILE = tl.constexpr(4)  # tokens per step of a walk; split_tokens and join_tokens are written for four
 TILES = tl.constexpr(16)  # tiles in a chunk
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 # Sizes that change from call to call and that no memory access is aligned by: one compilation serves all their values.
-SIZES = (
-    "directions", "groups", "blocks", "blocks_per_group", "parts", "length", "chunks",
-    "segments", "segment_tokens", "run", "runs",
-)  # fmt: skip
+SIZES = ("directions", "channels_per_group", "length", "parts", "segments", "segment_tokens", "run", "runs")
+# B and C are slices of a projection of any width. A thread reads few of their numbers, whether aligned or not.
+UNALIGNED = ("b", "c", "bc_batch", "bc_row", "bc_l", "db", "dc")
 
 
 @triton.jit
@@ -125,8 +127,46 @@ def adjoint_step(carry, a, dt, dy, c):
 
 
 @triton.jit
+def load_a(A, k, d, d_mask, n, n_mask, channels, N: tl.constexpr):
+    """A * log2(e) of the states n and channels d of direction k, (N, BLOCK_D); 0 where there is none."""
+    pointers = A + (k * channels + d[None, :]) * N + n[:, None]
+    return tl.load(pointers, mask=n_mask[:, None] & d_mask[None, :], other=0.0) * LOG2E
+
+
+@triton.jit
+def load_vectors(rows, order_row, t0, length, stride_l, n_mask, ACC: tl.constexpr):
+    """B or C of the four tokens from t0 on, four times (N,)."""
+    first = load_vector(rows, order_row, t0, length, stride_l, n_mask, ACC)
+    second = load_vector(rows, order_row, t0 + 1, length, stride_l, n_mask, ACC)
+    third = load_vector(rows, order_row, t0 + 2, length, stride_l, n_mask, ACC)
+    return first, second, third, load_vector(rows, order_row, t0 + 3, length, stride_l, n_mask, ACC)
+
+
+@triton.jit
+def load_step(
+    x, delta, gate, v, w, x_l, delta_l, gate_l, bc_l, order_row, t0, length, d_mask, n_mask, ACC: tl.constexpr
+):
+    """What four tokens from t0 on need: offsets, mask, delta, x, the gate, and the vectors v and w of each token.
+
+    x, delta and gate are pointers to rows of channels, v and w to rows of states. In place of a gate or a w that is
+    None stands x or v, which nobody uses then.
+    """
+    t = t0 + tl.arange(0, TILE)
+    offset = offsets(order_row, t, length)
+    mask = d_mask[:, None] & (t < length)[None, :]
+    delta_tile = load_tile(delta, offset, delta_l, mask, ACC)
+    x_tile = load_tile(x, offset, x_l, mask, ACC)
+    gate_tile = x_tile if gate is None else load_tile(gate, offset, gate_l, mask, ACC)
+    v0, v1, v2, v3 = load_vectors(v, order_row, t0, length, bc_l, n_mask, ACC)
+    if w is None:
+        return offset, mask, delta_tile, x_tile, gate_tile, v0, v1, v2, v3, v0, v1, v2, v3
+    w0, w1, w2, w3 = load_vectors(w, order_row, t0, length, bc_l, n_mask, ACC)
+    return offset, mask, delta_tile, x_tile, gate_tile, v0, v1, v2, v3, w0, w1, w2, w3
+
+
+@triton.jit
 def locate(
-    directions, channels, channels_per_group, blocks, blocks_per_group, segments,
+    directions, channels, channels_per_group, length, segment_tokens,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Which segment of which sequence, and which states and channels, a program works on.
@@ -134,6 +174,9 @@ def locate(
     Channel blocks run fastest, so that programs that share B and C run at the same time.
     """
     program = tl.program_id(0)
+    blocks_per_group = tl.cdiv(channels_per_group, BLOCK_D)
+    blocks = channels // channels_per_group * blocks_per_group
+    segments = tl.cdiv(length, segment_tokens)
     block = program % blocks
     segment = (program // blocks) % segments
     sequence = (program // (blocks * segments)).to(tl.int64)
@@ -145,114 +188,136 @@ def locate(
     n_mask = n < N
     nd = n[:, None] * channels + d[None, :]
     nd_mask = n_mask[:, None] & d_mask[None, :]
-    return segment, sequence, sequence // directions, sequence % directions, group, d, d_mask, n, n_mask, nd, nd_mask
+    row = sequence * segments + segment
+    return (
+        segment,
+        row,
+        sequence,
+        sequence // directions,
+        sequence % directions,
+        group,
+        d,
+        d_mask,
+        n,
+        n_mask,
+        nd,
+        nd_mask,
+    )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def segment_ends_kernel(
-    u, delta, A_log2e, b, bias, order,  # read
+    u, delta, A, b, bias, order,  # read
     ends, dt_sums,  # written
-    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l,
-    directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, bc_batch, bc_row, bc_n, bc_l,
+    directions, channels, channels_per_group, length, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Forward, pass 1: each segment's end state when it starts from zero, and the sum of its step sizes."""
-    segment, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
-        directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
+    segment, row, _sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
+        directions, channels, channels_per_group, length, segment_tokens, N, BLOCK_N, BLOCK_D
     )
-    a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
+    a = load_a(A, k, d, d_mask, n, n_mask, channels, N)
     order_row = None if order is None else order + k * length
     step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
-    b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
+    b_rows = b + batch * bc_batch + (k + group) * bc_row + n * bc_n
 
     h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dt_sum = tl.zeros((BLOCK_D, TILE), ACC)
     first = segment * segment_tokens
+    now = load_step(
+        u_rows, delta_rows, None, b_rows, None, u_l, delta_l, 0, bc_l, order_row, first, length, d_mask, n_mask, ACC
+    )
     for t0 in range(first, tl.minimum(first + segment_tokens, length), TILE):
-        t = t0 + tl.arange(0, TILE)
-        offset = offsets(order_row, t, length)
-        mask = d_mask[:, None] & (t < length)[None, :]
-        delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
-        u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
+        t1 = t0 + AHEAD
+        step = load_step(
+            u_rows, delta_rows, None, b_rows, None, u_l, delta_l, 0, bc_l, order_row, t1, length, d_mask, n_mask, ACC
+        )
+        if AHEAD == 0:
+            now = step
+        _offset, mask, delta_tile, u_tile, _gate, b0, b1, b2, b3, _c0, _c1, _c2, _c3 = now
         _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
         dt_sum += dt
         dt0, dt1, dt2, dt3 = split_tokens(dt)
         x0, x1, x2, x3 = split_tokens(dt * u_tile)
-        b0 = load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC)
-        b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC)
-        b2 = load_vector(b_rows, order_row, t0 + 2, length, b_l, n_mask, ACC)
-        b3 = load_vector(b_rows, order_row, t0 + 3, length, b_l, n_mask, ACC)
         h = advance(h, a, dt0, x0, b0)
         h = advance(h, a, dt1, x1, b1)
         h = advance(h, a, dt2, x2, b2)
         h = advance(h, a, dt3, x3, b3)
+        now = step
 
-    row = sequence * segments + segment
     tl.store(ends + row * N * channels + nd, h, mask=nd_mask)
     tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    u, delta, A_log2e, b, c, skip, z, bias, order, starts,  # read
+    u, delta, A, b, c, skip, z, bias, order, starts,  # read
     out, states, last_state,  # written
-    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, b_batch, b_row, b_n, b_l, c_batch, c_row, c_n, c_l,
+    u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, bc_batch, bc_row, bc_n, bc_l,
     z_batch, z_d, z_l, out_batch, out_k, out_d, out_l,
-    directions, channels, channels_per_group, blocks, blocks_per_group, length, chunks, segments, segment_tokens,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    directions, channels, channels_per_group, length, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Forward, pass 3: outputs, checkpoints and last state of each segment from its start state."""
-    segment, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
-        directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
+    segment, row, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
+        directions, channels, channels_per_group, length, segment_tokens, N, BLOCK_N, BLOCK_D
     )
-    a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
+    a = load_a(A, k, d, d_mask, n, n_mask, channels, N)
     order_row = None if order is None else order + k * length
     step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     skip_d = None if skip is None else tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
-    b_rows = b + batch * b_batch + (k + group) * b_row + n * b_n
-    c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
-    out_rows = out + batch * out_batch + k * out_k + d * out_d
+    b_rows = b + batch * bc_batch + (k + group) * bc_row + n * bc_n
+    c_rows = c + batch * bc_batch + (k + group) * bc_row + n * bc_n
     z_rows = None if z is None else z + batch * z_batch + d * z_d
+    out_rows = out + batch * out_batch + k * out_k + d * out_d
 
     if starts is None:
         h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     else:
-        h = tl.load(starts + (sequence * segments + segment) * N * channels + nd, mask=nd_mask, other=0.0)
+        h = tl.load(starts + row * N * channels + nd, mask=nd_mask, other=0.0)
     first = segment * segment_tokens
     end = tl.minimum(first + segment_tokens, length)
-    for chunk_start in range(first, end, CHUNK):
-        if states is not None:
-            tl.store(states + (sequence * chunks + chunk_start // CHUNK) * N * channels + nd, h, mask=nd_mask)
-        for t0 in range(chunk_start, tl.minimum(chunk_start + CHUNK, end), TILE):
-            t = t0 + tl.arange(0, TILE)
-            offset = offsets(order_row, t, length)
-            mask = d_mask[:, None] & (t < length)[None, :]
-            delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
-            u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
-            _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
-            dt0, dt1, dt2, dt3 = split_tokens(dt)
-            x0, x1, x2, x3 = split_tokens(dt * u_tile)
-            h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC))
-            y0 = tl.sum(h * load_vector(c_rows, order_row, t0, length, c_l, n_mask, ACC)[:, None], 0)
-            h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC))
-            y1 = tl.sum(h * load_vector(c_rows, order_row, t0 + 1, length, c_l, n_mask, ACC)[:, None], 0)
-            h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_mask, ACC))
-            y2 = tl.sum(h * load_vector(c_rows, order_row, t0 + 2, length, c_l, n_mask, ACC)[:, None], 0)
-            h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_mask, ACC))
-            y3 = tl.sum(h * load_vector(c_rows, order_row, t0 + 3, length, c_l, n_mask, ACC)[:, None], 0)
-            y = join_tokens(y0, y1, y2, y3)
-            if skip is not None:
-                y += skip_d[:, None] * u_tile
-            if z is not None:
-                gate = load_tile(z_rows, offset, z_l, mask, ACC)
-                y *= gate * sigmoid(gate)
-            store_tile(out_rows, offset, out_l, y, mask)
+    now = load_step(
+        u_rows, delta_rows, z_rows, b_rows, c_rows, u_l, delta_l, z_l, bc_l,
+        order_row, first, length, d_mask, n_mask, ACC,
+    )  # fmt: skip
+    for t0 in range(first, end, TILE):
+        t1 = t0 + AHEAD
+        step = load_step(
+            u_rows, delta_rows, z_rows, b_rows, c_rows, u_l, delta_l, z_l, bc_l,
+            order_row, t1, length, d_mask, n_mask, ACC,
+        )  # fmt: skip
+        if AHEAD == 0:
+            now = step
+        offset, mask, delta_tile, u_tile, gate, b0, b1, b2, b3, c0, c1, c2, c3 = now
+        if states is not None and t0 // CHUNK * CHUNK == t0:
+            chunk = sequence * tl.cdiv(length, CHUNK) + t0 // CHUNK
+            tl.store(states + chunk * N * channels + nd, h, mask=nd_mask)
+        _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
+        dt0, dt1, dt2, dt3 = split_tokens(dt)
+        x0, x1, x2, x3 = split_tokens(dt * u_tile)
+        h = advance(h, a, dt0, x0, b0)
+        y0 = tl.sum(h * c0[:, None], 0)
+        h = advance(h, a, dt1, x1, b1)
+        y1 = tl.sum(h * c1[:, None], 0)
+        h = advance(h, a, dt2, x2, b2)
+        y2 = tl.sum(h * c2[:, None], 0)
+        h = advance(h, a, dt3, x3, b3)
+        y3 = tl.sum(h * c3[:, None], 0)
+        y = join_tokens(y0, y1, y2, y3)
+        if skip is not None:
+            y += skip_d[:, None] * u_tile
+        if z is not None:
+            y *= gate * sigmoid(gate)
+        store_tile(out_rows, offset, out_l, y, mask)
+        now = step
 
     if last_state is not None and end == length:
         last = last_state + (sequence * channels + d[None, :]) * N + n[:, None]
@@ -261,7 +326,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_kernel(
-    ends, dt_sums, A_log2e, first_states,  # read
+    ends, dt_sums, A, first_states,  # read
     starts, run_ends, run_dt_sums,  # written
     directions, channels, segments, run, runs, REVERSE: tl.constexpr,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -282,7 +347,7 @@ def carry_kernel(
     n_mask = n < N
     nd = n[:, None] * channels + d[None, :]
     nd_mask = n_mask[:, None] & d_mask[None, :]
-    a = tl.load(A_log2e + (sequence % directions) * N * channels + nd, mask=nd_mask, other=0.0)
+    a = load_a(A, sequence % directions, d, d_mask, n, n_mask, channels, N)
     if first_states is None:
         h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     else:
@@ -304,55 +369,57 @@ def carry_kernel(
         tl.store(run_dt_sums + row * channels + d, dt_sum, mask=d_mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def adjoint_ends_kernel(
-    grad, delta, A_log2e, c, z, bias, order,  # read
+    grad, delta, A, c, z, bias, order,  # read
     ends, dt_sums,  # written
-    grad_batch, grad_d, grad_l, delta_batch, delta_k, delta_d, delta_l, c_batch, c_row, c_n, c_l, z_batch, z_d, z_l,
-    directions, channels, channels_per_group, blocks, blocks_per_group, length, segments, segment_tokens,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_batch, grad_d, grad_l, delta_batch, delta_k, delta_d, delta_l, bc_batch, bc_row, bc_n, bc_l, z_batch, z_d, z_l,
+    directions, channels, channels_per_group, length, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Backward, pass 1: the adjoint state that each segment hands to the one before it when it receives zero."""
-    segment, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
-        directions, channels, channels_per_group, blocks, blocks_per_group, segments, N, BLOCK_N, BLOCK_D
+    segment, row, _sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
+        directions, channels, channels_per_group, length, segment_tokens, N, BLOCK_N, BLOCK_D
     )
-    a = tl.load(A_log2e + k * N * channels + nd, mask=nd_mask, other=0.0)
+    a = load_a(A, k, d, d_mask, n, n_mask, channels, N)
     order_row = None if order is None else order + k * length
     step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     grad_rows = grad + batch * grad_batch + d * grad_d
     delta_rows = delta + batch * delta_batch + k * delta_k + d * delta_d
-    c_rows = c + batch * c_batch + (k + group) * c_row + n * c_n
+    c_rows = c + batch * bc_batch + (k + group) * bc_row + n * bc_n
     z_rows = None if z is None else z + batch * z_batch + d * z_d
 
     carry = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dt_sum = tl.zeros((BLOCK_D, TILE), ACC)
     first = segment * segment_tokens
     tiles = tl.cdiv(tl.minimum(segment_tokens, length - first), TILE)
+    last = first + (tiles - 1) * TILE
+    now = load_step(
+        grad_rows, delta_rows, z_rows, c_rows, None, grad_l, delta_l, z_l, bc_l,
+        order_row, last, length, d_mask, n_mask, ACC,
+    )  # fmt: skip
     for i in range(tiles):
-        t0 = first + (tiles - 1 - i) * TILE
-        t = t0 + tl.arange(0, TILE)
-        offset = offsets(order_row, t, length)
-        mask = d_mask[:, None] & (t < length)[None, :]
-        delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
-        dy = load_tile(grad_rows, offset, grad_l, mask, ACC)
+        t1 = tl.maximum(last - i * TILE - AHEAD, first)
+        step = load_step(
+            grad_rows, delta_rows, z_rows, c_rows, None, grad_l, delta_l, z_l, bc_l,
+            order_row, t1, length, d_mask, n_mask, ACC,
+        )  # fmt: skip
+        if AHEAD == 0:
+            now = step
+        _offset, mask, delta_tile, dy, gate, c0, c1, c2, c3, _b0, _b1, _b2, _b3 = now
         if z is not None:
-            gate = load_tile(z_rows, offset, z_l, mask, ACC)
             dy *= gate * sigmoid(gate)
         _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
         dt_sum += dt
         dt0, dt1, dt2, dt3 = split_tokens(dt)
         dy0, dy1, dy2, dy3 = split_tokens(dy)
-        c0 = load_vector(c_rows, order_row, t0, length, c_l, n_mask, ACC)
-        c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_mask, ACC)
-        c2 = load_vector(c_rows, order_row, t0 + 2, length, c_l, n_mask, ACC)
-        c3 = load_vector(c_rows, order_row, t0 + 3, length, c_l, n_mask, ACC)
         carry = adjoint_step(carry, a, dt3, dy3, c3)
         carry = adjoint_step(carry, a, dt2, dy2, c2)
         carry = adjoint_step(carry, a, dt1, dy1, c1)
         carry = adjoint_step(carry, a, dt0, dy0, c0)
+        now = step
 
-    row = sequence * segments + segment
     tl.store(ends + row * N * channels + nd, carry, mask=nd_mask)
     tl.store(dt_sums + row * channels + d, tl.sum(dt_sum, 1), mask=d_mask)
 
@@ -373,30 +440,50 @@ def token_gradients(carry, da, a, decay, previous, dt, u, dy, b, c):
     return carry, da + exponent * dt[None, :], db, dt * dx, ddt
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def load_pair(grad, u, delta, gate, grad_l, u_l, delta_l, gate_l, order_row, t0, length, d_mask, ACC: tl.constexpr):
+    """What the backward pass needs of two tokens from t0 on and of the channels d; dy in place of a missing gate."""
+    t = t0 + tl.arange(0, 2)
+    offset = offsets(order_row, t, length)
+    mask = d_mask[:, None] & (t < length)[None, :]
+    dy = load_tile(grad, offset, grad_l, mask, ACC)
+    gate_tile = dy if gate is None else load_tile(gate, offset, gate_l, mask, ACC)
+    return (
+        offset,
+        mask,
+        dy,
+        load_tile(u, offset, u_l, mask, ACC),
+        load_tile(delta, offset, delta_l, mask, ACC),
+        gate_tile,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def backward_kernel(
-    grad, u, delta, A_log2e, b, c, skip, z, bias, order, states,  # read
+    grad, u, delta, A, b, c, skip, z, bias, order, states,  # read
     carries, scratch,  # read and written
-    du, ddelta, db, dc, dz, da, dskip, dbias,  # written; da, dskip, dbias added to
-    grad_batch, grad_d, grad_l, u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l,
-    b_batch, b_row, b_n, b_l, c_batch, c_row, c_n, c_l, z_batch, z_d, z_l,
-    du_batch, du_k, du_d, du_l, ddelta_batch, ddelta_k, ddelta_d, ddelta_l,
-    db_part, db_batch, db_row, db_n, db_l, dc_part, dc_batch, dc_row, dc_n, dc_l, dz_batch, dz_d, dz_l,
-    directions, channels, channels_per_group, groups, blocks_per_group, parts, length, chunks, segments, segment_tokens,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    du, ddelta, db, dc, dz, sums,  # written
+    grad_batch, grad_d, grad_l, u_batch, u_d, u_l, delta_batch, delta_k, delta_d, delta_l, bc_batch, bc_row, bc_n, bc_l,
+    z_batch, z_d, z_l, du_batch, du_k, du_d, du_l, ddelta_batch, ddelta_k, ddelta_d, ddelta_l,
+    dbc_part, dbc_batch, dbc_row, dbc_n, dbc_l, dz_batch, dz_d, dz_l,
+    directions, channels, channels_per_group, parts, length, segment_tokens,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Backward, pass 3: all gradients of each segment, chunk by chunk from its end.
 
     A program takes every ``parts``-th channel block of a group, one after the other within each chunk, and adds up dB
     and dC over them in memory that only it touches: db and dc have one copy for each of the ``parts``. Between chunks,
-    the adjoint states wait in ``carries`` (sequence, segment, N, channels), which start as pass 2 left them.
+    the adjoint states wait in ``carries`` (sequence, segment, N, channels), which start as pass 2 left them. ``sums``
+    (sequence, segment, N + 2, channels) are of the segment's tokens: dA, and in the last two rows dD and ddelta_bias.
 
     For each block, the chunk is first walked forwards from its checkpoint, to put the state at the start of each tile
     into ``scratch`` (one chunk's worth per program), then backwards. There, two tokens are handled at a time: what four
     need at once does not fit into the registers.
     """
     program = tl.program_id(0)
+    groups = channels // channels_per_group
+    segments = tl.cdiv(length, segment_tokens)
     part = program % parts
     group = (program // parts) % groups
     segment = (program // (parts * groups)) % segments
@@ -408,10 +495,10 @@ def backward_kernel(
     n_mask = n < N
     order_row = None if order is None else order + k * length
     long_n, long_part = n.to(tl.int64), part.to(tl.int64)
-    b_rows = b + batch * b_batch + (k + group) * b_row + long_n * b_n
-    c_rows = c + batch * c_batch + (k + group) * c_row + long_n * c_n
-    db_rows = db + long_part * db_part + batch * db_batch + (k + group) * db_row + long_n * db_n
-    dc_rows = dc + long_part * dc_part + batch * dc_batch + (k + group) * dc_row + long_n * dc_n
+    b_rows = b + batch * bc_batch + (k + group) * bc_row + long_n * bc_n
+    c_rows = c + batch * bc_batch + (k + group) * bc_row + long_n * bc_n
+    db_rows = db + long_part * dbc_part + batch * dbc_batch + (k + group) * dbc_row + long_n * dbc_n
+    dc_rows = dc + long_part * dbc_part + batch * dbc_batch + (k + group) * dbc_row + long_n * dbc_n
     own = scratch + program.to(tl.int64) * (TILES * BLOCK_N * BLOCK_D)
     own += (tl.arange(0, BLOCK_N) * BLOCK_D)[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
@@ -420,14 +507,14 @@ def backward_kernel(
     for chunk_back in range(segment_chunks):
         chunk_start = first + (segment_chunks - 1 - chunk_back) * CHUNK
         tiles = tl.cdiv(tl.minimum(CHUNK, length - chunk_start), TILE)
-        for block in range(part, blocks_per_group, parts):
+        for block in range(part, tl.cdiv(channels_per_group, BLOCK_D), parts):
             in_group = block * BLOCK_D + tl.arange(0, BLOCK_D)
             d = (group * channels_per_group + in_group).to(tl.int64)
             d_mask = in_group < channels_per_group
             nd = n[:, None] * channels + (in_group - block * BLOCK_D)[None, :]
             first_d = (group * channels_per_group + block * BLOCK_D).to(tl.int64)
             nd_mask = n_mask[:, None] & d_mask[None, :]
-            a = tl.load(A_log2e + k * N * channels + first_d + nd, mask=nd_mask, other=0.0)
+            a = load_a(A, k, d, d_mask, long_n, n_mask, channels, N)
             step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
             skip_d = None if skip is None else tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
             grad_rows = grad + batch * grad_batch + d * grad_d
@@ -438,30 +525,41 @@ def backward_kernel(
             z_rows = None if z is None else z + batch * z_batch + d * z_d
             dz_rows = None if z is None else dz + batch * dz_batch + d * dz_d
 
-            checkpoint = (sequence * chunks + chunk_start // CHUNK) * N * channels
+            checkpoint = (sequence * tl.cdiv(length, CHUNK) + chunk_start // CHUNK) * N * channels
             h = tl.load(states + checkpoint + first_d + nd, mask=nd_mask, other=0.0)
             tl.store(own, h)
-            for i in range(1, tiles):
-                t0 = chunk_start + (i - 1) * TILE  # whole tiles: only the last one can be short
-                t = t0 + tl.arange(0, TILE)
-                offset = offsets(order_row, t, length)
-                mask = d_mask[:, None] & (t < length)[None, :]
-                u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
-                delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
-                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
+            now = load_step(
+                u_rows, delta_rows, None, b_rows, None, u_l, delta_l, 0, bc_l,
+                order_row, chunk_start, length, d_mask, n_mask, ACC,
+            )  # fmt: skip
+            for i in range(1, tiles):  # of whole tiles: only the last one can be short
+                t1 = chunk_start + (i - 1) * TILE + AHEAD
+                step = load_step(
+                    u_rows, delta_rows, None, b_rows, None, u_l, delta_l, 0, bc_l,
+                    order_row, t1, length, d_mask, n_mask, ACC,
+                )  # fmt: skip
+                if AHEAD == 0:
+                    now = step
+                _offset, mask, delta_tile, u_tile, _gate, b0, b1, b2, b3, _0, _1, _2, _3 = now
+                _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
                 dt0, dt1, dt2, dt3 = split_tokens(dt)
                 x0, x1, x2, x3 = split_tokens(dt * u_tile)
-                h = advance(h, a, dt0, x0, load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC))
-                h = advance(h, a, dt1, x1, load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC))
-                h = advance(h, a, dt2, x2, load_vector(b_rows, order_row, t0 + 2, length, b_l, n_mask, ACC))
-                h = advance(h, a, dt3, x3, load_vector(b_rows, order_row, t0 + 3, length, b_l, n_mask, ACC))
+                h = advance(h, a, dt0, x0, b0)
+                h = advance(h, a, dt1, x1, b1)
+                h = advance(h, a, dt2, x2, b2)
+                h = advance(h, a, dt3, x3, b3)
                 tl.store(own + i * (BLOCK_N * BLOCK_D), h)
+                now = step
             tl.debug_barrier()  # one lane may read what another has written
 
             carry = tl.load(carries + row * N * channels + first_d + nd, mask=nd_mask, other=0.0)
             da_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
             dskip_sum = tl.zeros((BLOCK_D, 2), ACC)
             dbias_sum = tl.zeros((BLOCK_D, 2), ACC)
+            pair = load_pair(
+                grad_rows, u_rows, delta_rows, z_rows, grad_l, u_l, delta_l, z_l,
+                order_row, chunk_start + tiles * TILE - 2, length, d_mask, ACC,
+            )  # fmt: skip
             for tile_back in range(tiles):
                 i = tiles - 1 - tile_back
                 tile_start = tl.load(own + i * (BLOCK_N * BLOCK_D))
@@ -471,30 +569,31 @@ def backward_kernel(
                 mask = d_mask[:, None] & (t < length)[None, :]
                 u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
                 delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
-                raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
+                _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
                 dt0, dt1 = tl.split(dt)
                 x0, x1 = tl.split(dt * u_tile)
-                b0 = load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC)
-                b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC)
+                b0 = load_vector(b_rows, order_row, t0, length, bc_l, n_mask, ACC)
+                b1 = load_vector(b_rows, order_row, t0 + 1, length, bc_l, n_mask, ACC)
                 tile_middle = advance(advance(tile_start, a, dt0, x0, b0), a, dt1, x1, b1)
 
                 h0 = tile_middle
                 for half in range(2):
                     t0 = chunk_start + i * TILE + 2 - 2 * half
-                    t = t0 + tl.arange(0, 2)
-                    offset = offsets(order_row, t, length)
-                    mask = d_mask[:, None] & (t < length)[None, :]
-                    tile_mask = n_mask[:, None] & (t < length)[None, :]
+                    t1 = tl.maximum(t0 - AHEAD // 2, chunk_start)
+                    step = load_pair(
+                        grad_rows, u_rows, delta_rows, z_rows, grad_l, u_l, delta_l, z_l,
+                        order_row, t1, length, d_mask, ACC,
+                    )  # fmt: skip
+                    if AHEAD == 0:
+                        pair = step
+                    offset, mask, dy, u_tile, delta_tile, gate = pair
+                    tile_mask = n_mask[:, None] & (t0 + tl.arange(0, 2) < length)[None, :]
                     sum_mask = tile_mask & (block > part)  # the first block starts the sums
-                    db_pointers = db_rows[:, None] + (offset * db_l)[None, :]
-                    dc_pointers = dc_rows[:, None] + (offset * dc_l)[None, :]
+                    db_pointers = db_rows[:, None] + (offset * dbc_l)[None, :]
+                    dc_pointers = dc_rows[:, None] + (offset * dbc_l)[None, :]
                     db_sum = tl.load(db_pointers, mask=sum_mask, other=0.0)
                     dc_sum = tl.load(dc_pointers, mask=sum_mask, other=0.0)
-                    delta_tile = load_tile(delta_rows, offset, delta_l, mask, ACC)
-                    u_tile = load_tile(u_rows, offset, u_l, mask, ACC)
-                    dy = load_tile(grad_rows, offset, grad_l, mask, ACC)
                     if z is not None:
-                        gate = load_tile(z_rows, offset, z_l, mask, ACC)
                         gate_sigmoid = sigmoid(gate)
                         dgate = dy * gate_sigmoid * (1.0 + gate * (1.0 - gate_sigmoid))
                         dy *= gate * gate_sigmoid
@@ -502,10 +601,10 @@ def backward_kernel(
                     dt0, dt1 = tl.split(dt)
                     u0, u1 = tl.split(u_tile)
                     dy0, dy1 = tl.split(dy)
-                    b0 = load_vector(b_rows, order_row, t0, length, b_l, n_mask, ACC)
-                    b1 = load_vector(b_rows, order_row, t0 + 1, length, b_l, n_mask, ACC)
-                    c0 = load_vector(c_rows, order_row, t0, length, c_l, n_mask, ACC)
-                    c1 = load_vector(c_rows, order_row, t0 + 1, length, c_l, n_mask, ACC)
+                    b0 = load_vector(b_rows, order_row, t0, length, bc_l, n_mask, ACC)
+                    b1 = load_vector(b_rows, order_row, t0 + 1, length, bc_l, n_mask, ACC)
+                    c0 = load_vector(c_rows, order_row, t0, length, bc_l, n_mask, ACC)
+                    c1 = load_vector(c_rows, order_row, t0 + 1, length, bc_l, n_mask, ACC)
                     decay0 = tl.exp2(a * dt0[None, :])
                     decay1 = tl.exp2(a * dt1[None, :])
                     h1 = decay0 * h0 + b0[:, None] * (dt0 * u0)[None, :]
@@ -533,16 +632,17 @@ def backward_kernel(
                         dskip_sum += dy * u_tile
                     store_tile(du_rows, offset, du_l, du_tile, mask)
                     h0 = tile_start
+                    pair = step
 
             tl.store(carries + row * N * channels + first_d + nd, carry, mask=nd_mask)
-            da_pointers = da + row * N * channels + first_d + nd
-            tl.store(da_pointers, tl.load(da_pointers, mask=nd_mask, other=0.0) + da_sum, mask=nd_mask)
+            own_sums = sums + row * (N + 2) * channels + first_d
+            earlier = nd_mask & (chunk_back > 0)  # the last chunk starts the sums
+            tl.store(own_sums + nd, tl.load(own_sums + nd, mask=earlier, other=0.0) + da_sum, mask=nd_mask)
+            of_d = own_sums + N * channels + tl.arange(0, BLOCK_D)
+            earlier = d_mask & (chunk_back > 0)
             if skip is not None:
-                dskip_pointers = dskip + row * channels + d
-                dskip_d = tl.load(dskip_pointers, mask=d_mask, other=0.0) + tl.sum(dskip_sum, 1)
-                tl.store(dskip_pointers, dskip_d, mask=d_mask)
+                tl.store(of_d, tl.load(of_d, mask=earlier, other=0.0) + tl.sum(dskip_sum, 1), mask=d_mask)
             if bias is not None:
-                dbias_pointers = dbias + row * channels + d
-                dbias_d = tl.load(dbias_pointers, mask=d_mask, other=0.0) + tl.sum(dbias_sum, 1)
-                tl.store(dbias_pointers, dbias_d, mask=d_mask)
+                of_d += channels
+                tl.store(of_d, tl.load(of_d, mask=earlier, other=0.0) + tl.sum(dbias_sum, 1), mask=d_mask)
             tl.debug_barrier()  # the next block, or chunk, reads and overwrites what this one has written

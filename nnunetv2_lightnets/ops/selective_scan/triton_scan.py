@@ -11,8 +11,11 @@ The backward pass does the same from the last token to the first with the adjoin
 states from the saved one. Where a batch has enough images and channels to fill the GPU, there is one segment, and
 pass 3 is all there is.
 
-Nothing depends on the order in which programs run: there are no atomic operations, and the same call on the same kind
-of GPU gives the same bits. Sums over channels (dB, dC) are taken by one program in a fixed order, or by several into
+How many channels a program takes, how many programs a multiprocessor is given, and whether tokens are loaded ahead is
+chosen by measurement on the GPU itself, from a few candidates (``ops/tuning.py``).
+
+Nothing depends on the order in which programs run: there are no atomic operations, and the same call with the same
+choice gives the same bits. Sums over channels (dB, dC) are taken by one program in a fixed order, or by several into
 copies that are then added up; sums over directions (the output and du of the directional scan) and over segments (dA,
 dD, ddelta_bias) are added up from copies, too. Directional scans read tokens where ``order`` says; no sequence is ever
 copied, stacked or flipped.
@@ -45,38 +48,61 @@ CMU-CS-90-190, section 1.3).
 
 from __future__ import annotations
 
+import logging
 import math
-import os
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops import triton_runtime as runtime
+from nnunetv2_lightnets.ops import tuning
+from nnunetv2_lightnets.ops.selective_scan import probe
 from nnunetv2_lightnets.ops.selective_scan.record import CHUNK, Gradients, Scan, n_chunks, saved_states
 
 NAME = "triton"
+_logger = logging.getLogger("nnunetv2_lightnets")
 
 _MAX_STATES = 256
 _MAX_LENGTH = 2**30  # token counts are 32-bit numbers in the kernels
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# Elements of the state tile that a warp keeps in registers, a thread having 255 at most: 16 per thread forwards, 8
-# backwards, where the gradients need several tiles at once. Half as many in float64.
-_FORWARD_TILE = 512
-_BACKWARD_TILE = 256
 _MAX_REGISTERS = 255
-# Programs wanted for each multiprocessor: about as many as their registers let it hold.
-_FORWARD_PROGRAMS = 16
-_BACKWARD_PROGRAMS = 8
 # Segments that one program of pass 2 walks; more are first reduced to runs of this many.
 _RUN = 32
 
 
-def _interpreted() -> bool:
-    """Whether Triton interprets kernels with NumPy, which takes tensors on the CPU: for tests, as it is very slow."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+@dataclass(frozen=True)
+class Tiles:
+    """How a pass is cut into programs."""
+
+    elements: int  # states x channels that a warp keeps in registers, of which a thread has 255; half in float64
+    programs: int  # wanted for each multiprocessor: about as many as their registers let it hold
+    ahead: int  # tokens that a walk loads before they are needed: 0, or the 4 of one step
+
+    def __str__(self) -> str:
+        return f"{self.elements} elements, {self.programs} programs, {self.ahead} tokens ahead"
+
+
+# Candidates, the first of which is taken where nothing is measured. Backwards, gradients need several tiles at once.
+FORWARD = (Tiles(512, 16, 4), Tiles(512, 16, 0), Tiles(256, 24, 4), Tiles(256, 32, 0))
+BACKWARD = (Tiles(256, 8, 4), Tiles(256, 8, 0), Tiles(128, 12, 4), Tiles(128, 16, 0))
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """What was found out about scans of a kind on a GPU."""
+
+    fault: str | None  # why none of the candidates can be trusted; None if some can
+    forward: tuple[Tiles, ...]  # candidates that compute right
+    backward: tuple[Tiles, ...]
+
+
+_proofs: dict[tuple[int, str], _Proof] = {}
 
 
 @cache
@@ -87,94 +113,121 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-@cache
 def unavailable() -> str | None:
-    """Why Triton cannot run here: no GPU, no Triton, or a failing scan of two tokens; None if it can."""
-    if not _interpreted() and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    try:
-        _kernels()
-    except Exception as error:  # a broken installation can raise anything; it must not reach users of other backends
-        return f"Triton cannot be imported ({type(error).__name__}: {error})"
-    try:
-        device = "cpu" if _interpreted() else "cuda"
-        u = torch.ones(1, 1, 2, device=device)
-        A, B = torch.full((1, 1), -1.0, device=device), torch.ones(1, 1, 1, 2, device=device)
-        out, _, _ = forward(Scan(u, u, A, B, B), False)
-        values = out.flatten().tolist()
-    except Exception as error:  # compilers and drivers raise what they like
-        return f"a scan of two tokens fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if not math.isclose(values[1], 1 + math.exp(-1), rel_tol=1e-5):
-        return f"a scan of two tokens gives {values[1]} instead of {1 + math.exp(-1)}"
-    return None
+    """Why Triton's scans cannot be trusted on the current GPU; None if they can."""
+    if reason := runtime.unavailable():
+        return reason
+    return None if runtime.interpreted() else _fault(torch.cuda.current_device(), "plain")
 
 
 def refuses(scan: Scan) -> str | None:
     """Why it cannot take this call; None if it can."""
-    wanted = "cpu" if _interpreted() else "cuda"
-    if scan.u.device.type != wanted:
-        return f"takes tensors on {wanted}, not on {scan.u.device.type}"
+    device, wanted = scan.u.device, runtime.device_type()
+    if device.type != wanted:
+        return f"takes tensors on {wanted}, not on {device.type}"
     if scan.u.dtype not in _DTYPES:
         return f"takes float32, float16, bfloat16 and float64, not {scan.u.dtype}"
     if scan.A.shape[-1] > _MAX_STATES:
         return f"takes up to {_MAX_STATES} states per channel, not {scan.A.shape[-1]}"
     if not 0 < scan.u.shape[-1] <= _MAX_LENGTH:
         return f"takes 1 to {_MAX_LENGTH} tokens, not {scan.u.shape[-1]}"
-    return None
+    return _fault(device.index, probe.kind_of(scan)) if device.type == "cuda" else None
+
+
+def _fault(device: int, kind: str) -> str | None:
+    """Why scans of a kind fail on this GPU, or give other results than the reference; None if they do not."""
+    return runtime.unavailable(device) or _proved(device, kind).fault
+
+
+def _proved(device: int, kind: str) -> _Proof:
+    """Whether scans of a kind can be trusted on this GPU, and with which candidates; found out at the first call.
+
+    Raises:
+        LightNetsError: If that call is made while a CUDA graph is recorded, when nothing can be compiled or compared.
+    """
+    proof = _proofs.get((device, kind))
+    if proof is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise LightNetsError(
+                f"the first {kind} scan on this GPU is in a CUDA graph, but its kernels have to be compiled and "
+                "checked before: run the network once, forwards and backwards, and record the graph then"
+            )
+        proof = _proofs[device, kind] = _prove(torch.device("cuda", device), kind)
+    return proof
+
+
+def _prove(device: torch.device, kind: str) -> _Proof:
+    proved, faults = [], []
+    for forward_tiles, backward_tiles in zip(FORWARD, BACKWARD, strict=True):
+        name = f"triton ({forward_tiles}; {backward_tiles})"
+        compute = partial(forward, tiles=forward_tiles), partial(backward, tiles=backward_tiles)
+        reason = probe.fault(name, kind, *compute, device)
+        if reason is None:
+            proved.append((forward_tiles, backward_tiles))
+        else:
+            faults.append(reason)
+            _logger.info("scan backend %s: not taken: %s", name, reason)
+    return _Proof(None if proved else faults[0], tuple(x for x, _ in proved), tuple(x for _, x in proved))
 
 
 class _Prepared:
     """A scan as the kernels read it: always with a dimension of directions, K = 1 in a plain scan.
 
-    Parameters are contiguous, ``initial_state`` is (B * K, 1, N, D), and exp(dt A) = exp2(dt A_log2e).
+    Parameters are contiguous, ``initial_state`` is (B * K, 1, N, D), and B and C have the same strides.
     """
 
     def __init__(self, scan: Scan) -> None:
         s = scan.with_directions()
         self.u, self.delta, self.B, self.C, self.z = s.u, s.delta, s.B, s.C, s.z
-        self.A_log2e = (s.A * math.log2(math.e)).transpose(1, 2).contiguous()  # (K, N, D)
+        if s.B.stride() != s.C.stride():
+            self.B, self.C = (x.mT.contiguous().mT for x in (s.B, s.C))
+        self.A = s.A.contiguous()
         self.D, self.delta_bias, self.order = (
             None if x is None else x.contiguous() for x in (s.D, s.delta_bias, s.order)
         )
         self.initial_state = None if s.initial_state is None else _end_states(s.initial_state)
         self.delta_softplus = s.delta_softplus
         self.dtype = s.dtype
-        self.directions, self.states, self.channels = self.A_log2e.shape
+        self.directions, self.channels, self.states = self.A.shape
         self.sequences, self.length = s.u.shape[0] * self.directions, s.u.shape[2]
         self.groups = s.B.shape[1] // self.directions
 
     def new(self, *shape: int) -> Tensor:
-        return self.A_log2e.new_empty(shape)
+        return self.A.new_empty(shape)
 
     @property
-    def tuned(self) -> bool:
-        """Whether this is what tiles and registers are tuned for: scans of the published networks.
+    def published(self) -> bool:
+        """Whether this is what the tables of candidates are made for: scans of the published networks.
 
         Groups start at multiples of 16 channels there, so that a thread takes several of a row of states at once.
         """
         aligned = self.channels % 16 == 0 and self.channels // self.groups % 16 == 0
         return aligned and self.states == 16 and self.dtype == torch.float32
 
-    def channel_block(self, tile: int) -> int:
-        """Channels per program, so that states x channels make a tile of at most ``tile`` elements."""
+    def channel_block(self, elements: int) -> int:
+        """Channels per program, so that states x channels make a tile of at most so many elements."""
         if self.dtype == torch.float64:
-            tile //= 2
-        fitting = max(1, tile // _power_of_two(self.states))
+            elements //= 2
+        fitting = max(1, elements // _power_of_two(self.states))
         return min(32, fitting, _power_of_two(self.channels // self.groups))
 
-    def arguments(self, block_d: int) -> dict[str, Any]:
+    def blocks(self, block_d: int) -> int:
+        """Blocks of channels in all groups."""
+        return self.groups * _ceil_div(self.channels // self.groups, block_d)
+
+    def arguments(self, block_d: int, ahead: int) -> dict[str, Any]:
         """What every kernel over tokens takes."""
-        channels_per_group = self.channels // self.groups
         return {
-            "A_log2e": self.A_log2e,
+            "A": self.A,
             "bias": self.delta_bias,
             "order": self.order,
             **_tensor("delta", self.delta, "batch k d l"),
+            **_strides("bc", self.B, "batch row n l"),
             "directions": self.directions,
             "channels": self.channels,
-            "channels_per_group": channels_per_group,
-            "blocks_per_group": _ceil_div(channels_per_group, block_d),
+            "channels_per_group": self.channels // self.groups,
             "length": self.length,
+            "AHEAD": ahead,
             "SOFTPLUS": self.delta_softplus,
             "TERMS": 17 if self.dtype == torch.float64 else 7,  # of the series in softplus, for the dtype's precision
             **self.constants(block_d),
@@ -189,8 +242,9 @@ class _Prepared:
             "BLOCK_D": block_d,
             "ACC": language.float64 if self.dtype == torch.float64 else language.float32,
             "num_warps": 1,
+            "enable_fp_fusion": True,  # multiply-adds; later versions of Triton will want to be told
         }
-        if not self.tuned:
+        if not self.published:
             # Left alone, the assembler spills a few bytes where it then finds room for another warp.
             constants["maxnreg"] = _MAX_REGISTERS
         return constants
@@ -210,21 +264,15 @@ def _ceil_div(size: int, part: int) -> int:
     return -(-size // part)
 
 
-def _tensor(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
-    """A tensor and its strides ``name_axis`` as kernel arguments; strides of 0 where it is absent and never touched."""
+def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
+    """The strides ``name_axis`` of a tensor as kernel arguments; 0 where it is absent and never touched."""
     names = [f"{name}_{axis}" for axis in axes.split()]
-    return {name: x, **dict(zip(names, [0] * len(names) if x is None else x.stride(), strict=True))}
+    return dict(zip(names, [0] * len(names) if x is None else x.stride(), strict=True))
 
 
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-    """Run a kernel."""
-    kernel[(programs,)](**arguments)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _tensor(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
+    """A tensor and its strides as kernel arguments."""
+    return {name: x, **_strides(name, x, axes)}
 
 
 def _cut(length: int, programs: int, wanted: int) -> tuple[int, int]:
@@ -240,11 +288,14 @@ def _cut(length: int, programs: int, wanted: int) -> tuple[int, int]:
     return _ceil_div(chunks, chunks_per_segment), chunks_per_segment * CHUNK
 
 
-def _starts(scan: _Prepared, ends: Tensor, dt_sums: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
+def _starts(
+    scan: _Prepared, tiles: Tiles, ends: Tensor, dt_sums: Tensor, first: Tensor | None, reverse: bool
+) -> Tensor:
     """Pass 2: states at the start of all segments (at their end, for the adjoint, where ``reverse``).
 
     Args:
         scan: The scan.
+        tiles: Of which pass 2 needs the channels of a program alone.
         ends: Segments' end states from zero, (sequences, segments, N, D).
         dt_sums: Sums of their step sizes, (sequences, segments, D).
         first: The state at the start of each sequence, (sequences, 1, N, D); None for zero.
@@ -252,15 +303,15 @@ def _starts(scan: _Prepared, ends: Tensor, dt_sums: Tensor, first: Tensor | None
     """
     segments = ends.shape[1]
     runs = 1 if segments <= _RUN else _ceil_div(segments, _RUN)
-    block_d = scan.channel_block(_FORWARD_TILE)
+    block_d = scan.channel_block(tiles.elements)
     arguments = {
         "ends": ends,
         "dt_sums": dt_sums,
-        "A_log2e": scan.A_log2e,
+        "A": scan.A,
         "directions": scan.directions,
         "channels": scan.channels,
         "segments": segments,
-        "run": _ceil_div(segments, runs) if runs == 1 else _RUN,
+        "run": segments if runs == 1 else _RUN,
         "runs": runs,
         "REVERSE": reverse,
         **scan.constants(block_d),
@@ -270,50 +321,44 @@ def _starts(scan: _Prepared, ends: Tensor, dt_sums: Tensor, first: Tensor | None
         run_ends = scan.new(scan.sequences, runs, scan.states, scan.channels)
         run_sums = scan.new(scan.sequences, runs, scan.channels)
         reduction = {"first_states": None, "starts": None, "run_ends": run_ends, "run_dt_sums": run_sums}
-        _launch(_kernels().carry_kernel, programs, {**arguments, **reduction})
-        first = _starts(scan, run_ends, run_sums, first, reverse)
+        runtime.launch(_kernels().carry_kernel, programs, {**arguments, **reduction})
+        first = _starts(scan, tiles, run_ends, run_sums, first, reverse)
     starts = torch.empty_like(ends)
     spread = {"first_states": first, "starts": starts, "run_ends": None, "run_dt_sums": None}
-    _launch(_kernels().carry_kernel, programs, {**arguments, **spread})
+    runtime.launch(_kernels().carry_kernel, programs, {**arguments, **spread})
     return starts
 
 
-def _forward(scan: _Prepared, out: Tensor, last_state: Tensor, save_states: bool) -> Tensor:
+def _forward(scan: _Prepared, tiles: Tiles, out: Tensor, last_state: Tensor, save_states: bool) -> Tensor:
     """Fill ``out`` (B, K, D, L) and ``last_state`` (B, [K,] D, N); return the saved states."""
     kernels = _kernels()
-    block_d = scan.channel_block(_FORWARD_TILE)
-    arguments = scan.arguments(block_d)
-    blocks = scan.groups * arguments["blocks_per_group"]
-    wanted = _FORWARD_PROGRAMS * _multiprocessors(scan.u.device)
-    segments, segment_tokens = _cut(scan.length, scan.sequences * blocks, wanted)
-    arguments |= {
+    block_d = scan.channel_block(tiles.elements)
+    blocks = scan.sequences * scan.blocks(block_d)
+    segments, segment_tokens = _cut(scan.length, blocks, tiles.programs * runtime.multiprocessors(scan.u.device))
+    arguments = {
+        **scan.arguments(block_d, tiles.ahead),
         **_tensor("u", scan.u, "batch d l"),
-        **_tensor("b", scan.B, "batch row n l"),
-        "blocks": blocks,
-        "segments": segments,
+        "b": scan.B,
         "segment_tokens": segment_tokens,
     }
-    programs = scan.sequences * blocks * segments
     starts = scan.initial_state
     if segments > 1:
         ends = scan.new(scan.sequences, segments, scan.states, scan.channels)
         dt_sums = scan.new(scan.sequences, segments, scan.channels)
-        _launch(kernels.segment_ends_kernel, programs, {**arguments, "ends": ends, "dt_sums": dt_sums})
-        starts = _starts(scan, ends, dt_sums, scan.initial_state, reverse=False)
+        runtime.launch(kernels.segment_ends_kernel, blocks * segments, {**arguments, "ends": ends, "dt_sums": dt_sums})
+        starts = _starts(scan, tiles, ends, dt_sums, scan.initial_state, reverse=False)
 
-    chunks = n_chunks(scan.length)
-    saved = scan.new(scan.sequences * chunks * scan.states * scan.channels if save_states else 0)
+    saved = scan.new(scan.sequences * n_chunks(scan.length) * scan.states * scan.channels if save_states else 0)
     arguments |= {
+        "c": scan.C,
         "skip": scan.D,
         "starts": starts,
         "states": saved if save_states else None,
         "last_state": last_state,
-        **_tensor("c", scan.C, "batch row n l"),
         **_tensor("z", scan.z, "batch d l"),
         **_tensor("out", out, "batch k d l"),
-        "chunks": chunks,
     }
-    _launch(kernels.forward_kernel, programs, arguments)
+    runtime.launch(kernels.forward_kernel, blocks * segments, arguments)
     return saved
 
 
@@ -323,10 +368,11 @@ class _BackwardPlan:
     Channel blocks share a program, one after the other, as far as chunks alone fill the GPU.
     """
 
-    def __init__(self, scan: _Prepared) -> None:
-        self.block_d = scan.channel_block(_BACKWARD_TILE)
+    def __init__(self, scan: _Prepared, tiles: Tiles) -> None:
+        self.tiles = tiles
+        self.block_d = scan.channel_block(tiles.elements)
         blocks = _ceil_div(scan.channels // scan.groups, self.block_d)
-        wanted = _BACKWARD_PROGRAMS * _multiprocessors(scan.u.device)
+        wanted = tiles.programs * runtime.multiprocessors(scan.u.device)
         rows = scan.sequences * scan.groups
         self.segments, self.segment_tokens = _cut(scan.length, rows * blocks, wanted)
         chunks = n_chunks(scan.length) if self.segments > 1 else 1
@@ -342,64 +388,57 @@ def _carries(scan: _Prepared, plan: _BackwardPlan, arguments: dict[str, Any], gr
     if plan.segments == 1:
         return scan.new(*shape).zero_() if last is None else last.clone()
     ends, dt_sums = scan.new(*shape), scan.new(scan.sequences, plan.segments, scan.channels)
-    walk = {**arguments, **scan.arguments(scan.channel_block(_FORWARD_TILE)), "ends": ends, "dt_sums": dt_sums}
-    walk["blocks"] = blocks = scan.groups * walk["blocks_per_group"]
-    _launch(_kernels().adjoint_ends_kernel, scan.sequences * blocks * plan.segments, walk)
-    return _starts(scan, ends, dt_sums, last, reverse=True)
+    tiles = FORWARD[0]  # it walks as the forward pass does
+    block_d = scan.channel_block(tiles.elements)
+    walk = {**arguments, **scan.arguments(block_d, tiles.ahead), "ends": ends, "dt_sums": dt_sums}
+    programs = scan.sequences * scan.blocks(block_d) * plan.segments
+    runtime.launch(_kernels().adjoint_ends_kernel, programs, walk)
+    return _starts(scan, tiles, ends, dt_sums, last, reverse=True)
 
 
-def _launch_backward(
-    scan: _Prepared, plan: _BackwardPlan, grads: tuple[Tensor, Tensor | None], states: Tensor
-) -> dict[str, Any]:
+def _backward(scan: _Prepared, tiles: Tiles, grads: tuple[Tensor, Tensor | None], states: Tensor) -> dict[str, Any]:
     """Run all passes; return what the last one writes, under the names of its arguments.
 
-    ``du`` is (K, B, D, L), ``db`` and ``dc`` have copies for all parts, ``da``, ``dskip`` and ``dbias`` are of single
-    sequences and segments, (sequences, segments, ...), as are ``carries``: gradients of the states before segments.
+    ``du`` is (K, B, D, L), ``db`` and ``dc`` have copies for all parts, ``sums`` are of single sequences and segments,
+    as are ``carries``: gradients of the states before segments.
     """
-    kernels = _kernels()
+    kernels, plan = _kernels(), _BackwardPlan(scan, tiles)
     grad_out, grad_last_state = grads
-    arguments = scan.arguments(plan.block_d)
-    if not scan.tuned and scan.states > 2:
-        arguments["num_warps"] = 4  # one would not have the registers
-    arguments |= {
+    arguments = {
         **_tensor("grad", grad_out, "batch d l"),
-        **_tensor("c", scan.C, "batch row n l"),
         **_tensor("z", scan.z, "batch d l"),
-        "segments": plan.segments,
+        "c": scan.C,
         "segment_tokens": plan.segment_tokens,
     }
     carries = _carries(scan, plan, arguments, grad_last_state)
     programs = scan.sequences * scan.groups * plan.parts * plan.segments
-    per_channel = (scan.sequences, plan.segments, scan.channels)
-    du = _per_direction(scan)
+    du, dbc = _per_direction(scan), _copies(scan.B, 2 * plan.parts, scan.dtype)
     written = {
         "carries": carries,
         "du": du,
         "ddelta": torch.empty_like(scan.delta),
-        "db": _copies(scan.B, plan.parts, scan.dtype),
-        "dc": _copies(scan.C, plan.parts, scan.dtype),
+        "db": dbc[: plan.parts],
+        "dc": dbc[plan.parts :],
         "dz": None if scan.z is None else torch.empty_like(scan.z),
-        "da": torch.zeros_like(carries),
-        "dskip": None if scan.D is None else scan.new(*per_channel).zero_(),
-        "dbias": None if scan.delta_bias is None else scan.new(*per_channel).zero_(),
+        "sums": scan.new(scan.sequences, plan.segments, scan.states + 2, scan.channels),
     }
     arguments |= {
+        **scan.arguments(plan.block_d, tiles.ahead),
         **written,
+        "b": scan.B,
         "skip": scan.D,
         "states": states,
         "scratch": scan.new(programs * CHUNK // kernels.TILE.value * _power_of_two(scan.states) * plan.block_d),
         **_tensor("u", scan.u, "batch d l"),
-        **_tensor("b", scan.B, "batch row n l"),
-        **_tensor("du", du, "k batch d l"),
-        **_tensor("ddelta", written["ddelta"], "batch k d l"),
-        **_tensor("db", written["db"], "part batch row n l"),
-        **_tensor("dc", written["dc"], "part batch row n l"),
-        **_tensor("dz", written["dz"], "batch d l"),
-        "groups": scan.groups,
+        **_strides("du", du, "k batch d l"),
+        **_strides("ddelta", written["ddelta"], "batch k d l"),
+        **_strides("dbc", dbc, "part batch row n l"),
+        **_strides("dz", written["dz"], "batch d l"),
         "parts": plan.parts,
-        "chunks": n_chunks(scan.length),
     }
-    _launch(kernels.backward_kernel, programs, arguments)
+    if not scan.published and scan.states > 2:
+        arguments["num_warps"] = 4  # one would not have the registers
+    runtime.launch(kernels.backward_kernel, programs, arguments)
     return written
 
 
@@ -423,40 +462,54 @@ def _sum_of_copies(copies: Tensor, like: Tensor) -> Tensor:
     return torch.sum(copies, 0, out=torch.empty_like(like, dtype=copies.dtype)).to(like.dtype)
 
 
-def forward(scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _choose(scan: _Prepared, backwards: bool, run: Callable[[Tiles], object]) -> Tiles:
+    """The best tiles for such scans on this GPU: of its kind, dtype, channels, and length to a power of 4."""
+    device, table = scan.u.device, BACKWARD if backwards else FORWARD
+    if device.type != "cuda" or not scan.published:
+        return table[0]
+    kind = probe.KINDS[scan.order is not None]
+    proof = _proved(device.index, kind)
+    size = f"{scan.sequences} x {scan.channels} x about {4 ** round(math.log(scan.length, 4))}"
+    key = (kind, str(scan.u.dtype), "no gate" if scan.z is None else "gate", size)
+    if backwards:
+        return tuning.choose("scan, backward", key, proof.backward or table, run, device)
+    return tuning.choose("scan, forward", key, proof.forward or table, run, device)
+
+
+def forward(scan: Scan, save_states: bool, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, D, L), last state (B, [K,] D, N) and the states before every chunk, (B, K, chunk, N, D) flat."""
     prepared = _Prepared(scan)
     out = _per_direction(prepared)
     last_state = prepared.new(*scan.state_shape)
-    with _on(scan.u.device):
-        saved = _forward(prepared, out.transpose(0, 1), last_state, save_states)
+
+    def run(tiles: Tiles) -> Tensor:
+        return _forward(prepared, tiles, out.transpose(0, 1), last_state, save_states)
+
+    with runtime.on(scan.u.device):
+        saved = run(tiles or _choose(prepared, False, run))
     return _sum_of_copies(out, scan.u), last_state, saved
 
 
-def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
+def backward(scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor, tiles: Tiles | None = None) -> Gradients:
     """Gradients of the scan's tensors."""
     prepared = _Prepared(scan)
     states = saved_states(scan, states, forward)
-    with _on(scan.u.device):
-        written = _launch_backward(prepared, _BackwardPlan(prepared), grads, states)
 
-    def over_images(x: Any) -> Any:
-        """(B * K, segments, ...) to (K, ...)."""
-        return None if x is None else x.view(-1, scan.directions, *x.shape[1:]).sum((0, 2))
+    def run(tiles: Tiles) -> dict[str, Any]:
+        return _backward(prepared, tiles, grads, states)
 
+    with runtime.on(scan.u.device):
+        written = run(tiles or _choose(prepared, True, run))
+    # over images and segments: (B * K, segments, N + 2, D) to (K, N + 2, D)
+    sums = written["sums"].view(-1, scan.directions, *written["sums"].shape[1:]).sum((0, 2))
     return scan.gradients(
         _sum_of_copies(written["du"], scan.u),
         written["ddelta"],
-        over_images(written["da"]).transpose(1, 2),
+        sums[:, : prepared.states].transpose(1, 2),
         _sum_of_copies(written["db"], scan.B),
         _sum_of_copies(written["dc"], scan.C),
-        over_images(written["dskip"]),
+        None if scan.D is None else sums[:, -2],
         written["dz"],
-        over_images(written["dbias"]),
+        None if scan.delta_bias is None else sums[:, -1],
         written["carries"][:, 0].transpose(1, 2),
     )
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
