@@ -14,6 +14,7 @@ import copy
 import io
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ from torch.utils._pytree import tree_leaves
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_targets, make_trainer
+
+
+_NOBODY = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,13 @@ def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int)
     return step_memory(trainer, setting.patch, batch_size)
 
 
-def memory_of(trainer: Any) -> TrainingMemory:
-    """Memory of one step of a trainer of ours that is about to train; it is left as it is."""
+def memory_of(trainer: Any, watch: AbstractContextManager[object] = _NOBODY) -> TrainingMemory:
+    """Memory of one step of a trainer of ours that is about to train; it is left as it is.
+
+    Args:
+        trainer: initialized, on any device.
+        watch: entered while the step is counted; a dispatch mode sees its operations.
+    """
     rehearsed = copy.copy(trainer)
     rehearsed.device, rehearsed.is_ddp = torch.device("cpu"), False
     with torch.device("meta"):
@@ -68,22 +77,25 @@ def memory_of(trainer: Any) -> TrainingMemory:
         )
     rehearsed.optimizer, _ = rehearsed.configure_optimizers()
     rehearsed.loss = rehearsed._build_loss()
-    return step_memory(rehearsed, trainer.configuration_manager.patch_size, trainer.batch_size)
+    return step_memory(rehearsed, trainer.configuration_manager.patch_size, trainer.batch_size, watch)
 
 
-def step_memory(trainer: Any, patch: Sequence[int], batch_size: int) -> TrainingMemory:
+def step_memory(
+    trainer: Any, patch: Sequence[int], batch_size: int, watch: AbstractContextManager[object] = _NOBODY
+) -> TrainingMemory:
     """Memory of one step of this trainer, which cannot be used afterwards.
 
     Args:
         trainer: initialized, on a CPU; its network may be on the meta device, which has no memory.
         patch: voxels along each axis.
         batch_size: patches of a step.
+        watch: entered while the step is counted.
     """
     state_bytes = sum(p.numel() for p in trainer.network.parameters()) * _state_per_weight(trainer.optimizer)
     mode, live = FakeTensorMode(), _LiveBytes()
     with mode:  # parameters and buffers become fake ones; the real ones are freed
         trainer.network._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
-    with mode, live:
+    with mode, live, watch:
         weight_bytes = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
         outside = live.bytes
         data = torch.empty(batch_size, trainer.num_input_channels, *patch)

@@ -10,7 +10,8 @@ Names used throughout:
   states of each (padded to ``BLOCK_N``, a power of two). The states, an (N, BLOCK_D) tile ``h``, stay in its registers.
 * Inputs per channel and token come as (BLOCK_D, tokens) tiles: whichever of the two axes is the contiguous one in
   memory, a warp moves whole sectors, and the loads of a tile are in flight together.
-* ``a`` is a program's part of A, (N, BLOCK_D), times log2(e), so that a decay is one exp2.
+* ``A`` is (directions, N, channels): a thread then takes several channels of a state at once, in which layout Triton
+  goes on. ``a`` is a program's part of it, (N, BLOCK_D), times log2(e), so that a decay is one exp2.
 * B and C, and their gradients, lie in memory in the same way, so that one set of strides serves both.
 * ``order`` (directions, L), where given, holds the position in memory of each token; ``None``: tokens lie in order.
 * ``ACC`` is the compute dtype.
@@ -32,7 +33,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Sizes that change from call to call and that no memory access is aligned by: one compilation serves all their values.
-SIZES = ("directions", "channels_per_group", "length", "parts", "segments", "segment_tokens", "run", "runs")
+SIZES = ("directions", "length", "parts", "segments", "segment_tokens", "run", "runs")
 # B and C are slices of a projection of any width. A thread reads few of their numbers, whether aligned or not.
 UNALIGNED = ("b", "c", "bc_batch", "bc_row", "bc_l", "db", "dc")
 
@@ -127,26 +128,10 @@ def adjoint_step(carry, a, dt, dy, c):
 
 
 @triton.jit
-def load_a(A, k, d, d_mask, n, n_mask, channels, N: tl.constexpr):
-    """A * log2(e) of the states n and channels d of direction k, (N, BLOCK_D); 0 where there is none."""
-    pointers = A + (k * channels + d[None, :]) * N + n[:, None]
-    return tl.load(pointers, mask=n_mask[:, None] & d_mask[None, :], other=0.0) * LOG2E
-
-
-@triton.jit
-def load_vectors(rows, order_row, t0, length, stride_l, n_mask, ACC: tl.constexpr):
-    """B or C of the four tokens from t0 on, four times (N,)."""
-    first = load_vector(rows, order_row, t0, length, stride_l, n_mask, ACC)
-    second = load_vector(rows, order_row, t0 + 1, length, stride_l, n_mask, ACC)
-    third = load_vector(rows, order_row, t0 + 2, length, stride_l, n_mask, ACC)
-    return first, second, third, load_vector(rows, order_row, t0 + 3, length, stride_l, n_mask, ACC)
-
-
-@triton.jit
 def load_step(
     x, delta, gate, v, w, x_l, delta_l, gate_l, bc_l, order_row, t0, length, d_mask, n_mask, ACC: tl.constexpr
 ):
-    """What four tokens from t0 on need: offsets, mask, delta, x, the gate, and the vectors v and w of each token.
+    """What four tokens from t0 on need: offsets, mask, delta, x, the gate, and v and w, (N, 4).
 
     x, delta and gate are pointers to rows of channels, v and w to rows of states. In place of a gate or a w that is
     None stands x or v, which nobody uses then.
@@ -157,11 +142,10 @@ def load_step(
     delta_tile = load_tile(delta, offset, delta_l, mask, ACC)
     x_tile = load_tile(x, offset, x_l, mask, ACC)
     gate_tile = x_tile if gate is None else load_tile(gate, offset, gate_l, mask, ACC)
-    v0, v1, v2, v3 = load_vectors(v, order_row, t0, length, bc_l, n_mask, ACC)
-    if w is None:
-        return offset, mask, delta_tile, x_tile, gate_tile, v0, v1, v2, v3, v0, v1, v2, v3
-    w0, w1, w2, w3 = load_vectors(w, order_row, t0, length, bc_l, n_mask, ACC)
-    return offset, mask, delta_tile, x_tile, gate_tile, v0, v1, v2, v3, w0, w1, w2, w3
+    v_mask = n_mask[:, None] & (t < length)[None, :]
+    v_tile = load_tile(v, offset, bc_l, v_mask, ACC)
+    w_tile = v_tile if w is None else load_tile(w, offset, bc_l, v_mask, ACC)
+    return offset, mask, delta_tile, x_tile, gate_tile, v_tile, w_tile
 
 
 @triton.jit
@@ -218,7 +202,7 @@ def segment_ends_kernel(
     segment, row, _sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
         directions, channels, channels_per_group, length, segment_tokens, N, BLOCK_N, BLOCK_D
     )
-    a = load_a(A, k, d, d_mask, n, n_mask, channels, N)
+    a = tl.load(A + k * N * channels + nd, mask=nd_mask, other=0.0) * LOG2E
     order_row = None if order is None else order + k * length
     step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     u_rows = u + batch * u_batch + d * u_d
@@ -238,7 +222,8 @@ def segment_ends_kernel(
         )
         if AHEAD == 0:
             now = step
-        _offset, mask, delta_tile, u_tile, _gate, b0, b1, b2, b3, _c0, _c1, _c2, _c3 = now
+        _offset, mask, delta_tile, u_tile, _gate, b_tile, _c_tile = now
+        b0, b1, b2, b3 = split_tokens(b_tile)
         _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
         dt_sum += dt
         dt0, dt1, dt2, dt3 = split_tokens(dt)
@@ -267,7 +252,7 @@ def forward_kernel(
     segment, row, sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
         directions, channels, channels_per_group, length, segment_tokens, N, BLOCK_N, BLOCK_D
     )
-    a = load_a(A, k, d, d_mask, n, n_mask, channels, N)
+    a = tl.load(A + k * N * channels + nd, mask=nd_mask, other=0.0) * LOG2E
     order_row = None if order is None else order + k * length
     step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     skip_d = None if skip is None else tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
@@ -296,7 +281,9 @@ def forward_kernel(
         )  # fmt: skip
         if AHEAD == 0:
             now = step
-        offset, mask, delta_tile, u_tile, gate, b0, b1, b2, b3, c0, c1, c2, c3 = now
+        offset, mask, delta_tile, u_tile, gate, b_tile, c_tile = now
+        b0, b1, b2, b3 = split_tokens(b_tile)
+        c0, c1, c2, c3 = split_tokens(c_tile)
         if states is not None and t0 // CHUNK * CHUNK == t0:
             chunk = sequence * tl.cdiv(length, CHUNK) + t0 // CHUNK
             tl.store(states + chunk * N * channels + nd, h, mask=nd_mask)
@@ -347,7 +334,7 @@ def carry_kernel(
     n_mask = n < N
     nd = n[:, None] * channels + d[None, :]
     nd_mask = n_mask[:, None] & d_mask[None, :]
-    a = load_a(A, sequence % directions, d, d_mask, n, n_mask, channels, N)
+    a = tl.load(A + (sequence % directions) * N * channels + nd, mask=nd_mask, other=0.0) * LOG2E
     if first_states is None:
         h = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     else:
@@ -382,7 +369,7 @@ def adjoint_ends_kernel(
     segment, row, _sequence, batch, k, group, d, d_mask, n, n_mask, nd, nd_mask = locate(
         directions, channels, channels_per_group, length, segment_tokens, N, BLOCK_N, BLOCK_D
     )
-    a = load_a(A, k, d, d_mask, n, n_mask, channels, N)
+    a = tl.load(A + k * N * channels + nd, mask=nd_mask, other=0.0) * LOG2E
     order_row = None if order is None else order + k * length
     step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
     grad_rows = grad + batch * grad_batch + d * grad_d
@@ -407,7 +394,8 @@ def adjoint_ends_kernel(
         )  # fmt: skip
         if AHEAD == 0:
             now = step
-        _offset, mask, delta_tile, dy, gate, c0, c1, c2, c3, _b0, _b1, _b2, _b3 = now
+        _offset, mask, delta_tile, dy, gate, c_tile, _b_tile = now
+        c0, c1, c2, c3 = split_tokens(c_tile)
         if z is not None:
             dy *= gate * sigmoid(gate)
         _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
@@ -514,7 +502,7 @@ def backward_kernel(
             nd = n[:, None] * channels + (in_group - block * BLOCK_D)[None, :]
             first_d = (group * channels_per_group + block * BLOCK_D).to(tl.int64)
             nd_mask = n_mask[:, None] & d_mask[None, :]
-            a = load_a(A, k, d, d_mask, long_n, n_mask, channels, N)
+            a = tl.load(A + k * N * channels + first_d + nd, mask=nd_mask, other=0.0) * LOG2E
             step_bias = None if bias is None else tl.load(bias + k * channels + d, mask=d_mask, other=0.0)
             skip_d = None if skip is None else tl.load(skip + k * channels + d, mask=d_mask, other=0.0)
             grad_rows = grad + batch * grad_batch + d * grad_d
@@ -540,7 +528,8 @@ def backward_kernel(
                 )  # fmt: skip
                 if AHEAD == 0:
                     now = step
-                _offset, mask, delta_tile, u_tile, _gate, b0, b1, b2, b3, _0, _1, _2, _3 = now
+                _offset, mask, delta_tile, u_tile, _gate, b_tile, _c_tile = now
+                b0, b1, b2, b3 = split_tokens(b_tile)
                 _raw, dt = step_sizes(delta_tile, step_bias, SOFTPLUS, TERMS, mask)
                 dt0, dt1, dt2, dt3 = split_tokens(dt)
                 x0, x1, x2, x3 = split_tokens(dt * u_tile)

@@ -89,8 +89,8 @@ class Tiles:
 
 
 # Candidates, the first of which is taken where nothing is measured. Backwards, gradients need several tiles at once.
-FORWARD = (Tiles(512, 16, 4), Tiles(512, 16, 0), Tiles(256, 24, 4), Tiles(256, 32, 0))
-BACKWARD = (Tiles(256, 8, 4), Tiles(256, 8, 0), Tiles(128, 12, 4), Tiles(128, 16, 0))
+FORWARD = (Tiles(512, 12, 4), Tiles(1024, 8, 0), Tiles(256, 16, 4))
+BACKWARD = (Tiles(256, 8, 0), Tiles(128, 12, 4), Tiles(256, 8, 4))
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,14 @@ class _Prepared:
         self.u, self.delta, self.B, self.C, self.z = s.u, s.delta, s.B, s.C, s.z
         if s.B.stride() != s.C.stride():
             self.B, self.C = (x.mT.contiguous().mT for x in (s.B, s.C))
-        self.A = s.A.contiguous()
+        self.A = s.A.mT.contiguous()  # (K, N, D)
         self.D, self.delta_bias, self.order = (
             None if x is None else x.contiguous() for x in (s.D, s.delta_bias, s.order)
         )
         self.initial_state = None if s.initial_state is None else _end_states(s.initial_state)
         self.delta_softplus = s.delta_softplus
         self.dtype = s.dtype
-        self.directions, self.channels, self.states = self.A.shape
+        self.directions, self.states, self.channels = self.A.shape
         self.sequences, self.length = s.u.shape[0] * self.directions, s.u.shape[2]
         self.groups = s.B.shape[1] // self.directions
 
@@ -209,7 +209,7 @@ class _Prepared:
         if self.dtype == torch.float64:
             elements //= 2
         fitting = max(1, elements // _power_of_two(self.states))
-        return min(32, fitting, _power_of_two(self.channels // self.groups))
+        return min(64, fitting, _power_of_two(self.channels // self.groups))
 
     def blocks(self, block_d: int) -> int:
         """Blocks of channels in all groups."""
