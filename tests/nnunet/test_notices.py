@@ -17,6 +17,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_lightnets import list_networks
+from nnunetv2_lightnets.networks.mamba import Mamba
 from nnunetv2_lightnets.nnunet import notices
 from nnunetv2_lightnets.nnunet import trainer as trainer_module
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
@@ -135,7 +136,7 @@ def test_the_measured_backend_of_the_networks_kind_is_named(
     network = made(f"nnUNetTrainer{trainer}", [32, 32]).network
     assert scan_notice(network, torch.device("cuda")) == f"selective scan on cuda: {said}"
     assert asked == kinds
-    both = torch.nn.ModuleList([network, made("nnUNetTrainerLightMUNetT", [32, 32]).network])
+    both = torch.nn.ModuleList([network, Mamba(4)])
     if kinds == [True]:
         assert scan_notice(both, torch.device("cuda")) == (
             "selective scan on cuda: backend 'mamba_ssm' for plain scans, backend 'triton' for directional scans"
