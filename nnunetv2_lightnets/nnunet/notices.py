@@ -43,7 +43,7 @@ def scan_backend(device: torch.device, kind: str = "plain") -> tuple[str, tuple[
         return forced, (what, f"unset {ENVIRONMENT_VARIABLE}")
     backends = available_backends(device)
     if found := [name for name in fast if name in backends and backends[name] is None]:
-        return fastest(found, kind == "directional", device), None
+        return fastest(found, kind, device), None
     refusals = "; ".join(f"{name}: {backends[name]}" for name in backends if name in fast)
     return "torch", slow_scan(device, refusals or f"there is no faster one for {device.type}")
 

@@ -118,26 +118,26 @@ def test_a_forced_fast_backend_is_named_and_not_looked_for(
 
 
 @pytest.mark.parametrize(
-    ("trainer", "kinds", "said"),
-    [("LightMUNetT", [False], "backend 'mamba_ssm'"), ("SwinUMambaDScratch", [True], "backend 'triton'")],
+    ("trainer", "kind", "said"),
+    [("LightMUNetT", "plain", "backend 'mamba_ssm'"), ("SwinUMambaDScratch", "directional", "backend 'triton'")],
 )
 def test_the_measured_backend_of_the_networks_kind_is_named(
-    trainer: str, kinds: list[bool], said: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
+    trainer: str, kind: str, said: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
 ) -> None:
     asked = []
 
-    def fastest(names: list[str], directional: bool, device: torch.device) -> str:
+    def fastest(names: list[str], kind: str, device: torch.device) -> str:
         assert names == ["triton", "mamba_ssm"] and device.type == "cuda"
-        asked.append(directional)
-        return "triton" if directional else "mamba_ssm"
+        asked.append(kind)
+        return {"plain": "mamba_ssm", "directional": "triton"}[kind]
 
     monkeypatch.setattr(notices, "available_backends", lambda device: {"mamba_ssm": None, "triton": None})
     monkeypatch.setattr(notices, "fastest", fastest)
     network = made(f"nnUNetTrainer{trainer}", [32, 32]).network
     assert scan_notice(network, torch.device("cuda")) == f"selective scan on cuda: {said}"
-    assert asked == kinds
+    assert asked == [kind]
     both = torch.nn.ModuleList([network, Mamba(4)])
-    if kinds == [True]:
+    if kind == "directional":
         assert scan_notice(both, torch.device("cuda")) == (
             "selective scan on cuda: backend 'mamba_ssm' for plain scans, backend 'triton' for directional scans"
         )

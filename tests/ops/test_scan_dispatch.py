@@ -13,12 +13,14 @@ import torch
 
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
+from nnunetv2_lightnets.ops.scan_order import check_order
 from nnunetv2_lightnets.ops.selective_scan import (
     chunked,
     dispatch,
     hub,
     mamba_ssm,
     measured,
+    probe,
     reference,
     slow,
     triton_scan,
@@ -196,16 +198,11 @@ def two_fast(monkeypatch):
 
         monkeypatch.setattr(dispatch, "_load", lambda name: backends.get(name) or real(name))
         monkeypatch.setitem(dispatch.FAST, "cpu", dispatch.FAST["cuda"])
-        monkeypatch.setattr(measured, "SIZES", {False: (4, (3, 3)), True: (4, (3, 3))})
+        monkeypatch.setattr(measured, "SIZES", {kind: (4, (3, 3)) for kind in probe.KINDS})
         monkeypatch.setattr(measured.tuning, "choose", choose)
         return measured_choices
 
     return install
-
-
-def _directional():
-    scan, _ = measured.published_scan(torch.device("cpu"), True, 4, (3, 4))
-    return scan
 
 
 @pytest.mark.parametrize("winner", ["triton", "mamba_ssm"])
@@ -213,7 +210,7 @@ def test_the_faster_of_two_is_taken_for_plain_and_for_directional_scans(winner, 
     choices = two_fast(winner)
     plain = make_scan(length=5).to(torch.float32).record()
     assert winner == dispatch.choose(plain).NAME
-    assert winner == dispatch.choose(_directional()).NAME
+    assert winner == dispatch.choose(probe.small_scan("directional", "cpu", 4, 12)).NAME
     half = make_scan(length=9).to(torch.bfloat16).record()
     assert winner == dispatch.choose(half).NAME
     assert [key[:2] for _, key, _ in choices] == [
@@ -224,7 +221,7 @@ def test_the_faster_of_two_is_taken_for_plain_and_for_directional_scans(winner, 
     assert all(name == "backend" and key[2].startswith("mamba-ssm ") for name, key, _ in choices)
     # the first is the default
     assert all(candidates == ("triton", "mamba_ssm") for *_, candidates in choices)
-    assert dispatch.fastest(["triton", "mamba_ssm"], True, torch.device("cpu")) == winner
+    assert dispatch.fastest(["triton", "mamba_ssm"], "directional", torch.device("cpu")) == winner
 
 
 def test_the_key_is_one_for_all_shapes(two_fast, make_scan):
@@ -242,22 +239,23 @@ def test_a_single_fast_backend_costs_no_measurement(two_fast, make_scan):
     assert dispatch.choose(replace(scan, initial_state=None)).NAME == "mamba_ssm" and len(choices) == 1
 
 
-@pytest.mark.parametrize("directional", [False, True])
+@pytest.mark.parametrize("kind", probe.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_is_measured_is_a_scan_of_published_kind(directional, dtype):
+def test_what_is_measured_is_a_scan_of_the_call_s_kind(kind, dtype, monkeypatch):
+    monkeypatch.setattr(measured, "SIZES", {kind: (4, (3, 5))})
     random = torch.get_rng_state()
-    scan, grad = measured.published_scan(torch.device("cpu"), directional, 6, (3, 4), dtype)
-    scan.check()
-    scan.check_gradients(grad, None, scan.A.new_empty(0))
+    scan = measured.scan_of_size(kind, dtype, torch.device("cpu"))
+    if dtype != torch.float64:  # whose parameters are in float64, too
+        scan.check()
     assert torch.equal(random, torch.get_rng_state())
-    assert scan.A.shape[-1] == 16 and scan.delta_softplus and scan.D is not None and scan.delta_bias is not None
-    assert (scan.order is not None and scan.directions == 4) if directional else scan.z is not None
-    assert scan.u.stride(1) == 1  # as the networks pass it
-    assert torch.isfinite(chunked.forward(scan, False)[0]).all()
+    assert scan.u.dtype == dtype and scan.u.shape[1:] == (4, 15) and scan.u.stride(1) == 1
+    assert probe.kind_of(scan) == kind
+    if scan.order is not None:  # along rows and along columns
+        check_order(scan.order)
+        assert scan.order[:, :3].tolist() == [[0, 1, 2], [0, 5, 10]]
 
 
 def test_how_slow_the_slow_backend_is_here(monkeypatch):
-    monkeypatch.setattr(measured, "SIZES", {False: (4, (8, 8))})
     times = []
     monkeypatch.setattr(measured, "_median_seconds", lambda run, device: times.append(run()) or (0.5 / len(times)))
     assert measured.slowdown(torch.device("cpu")) == 2  # the scan takes 0.5, the copy 0.25
@@ -336,13 +334,13 @@ def _scan_of_mamba(calls):
 def fake_mamba(monkeypatch):
     """Installs a module as selective_scan_cuda, with CPU tensors standing for those of a GPU."""
 
-    def install(module, sides=(3, 4)):
+    def install(module):
         monkeypatch.setitem(sys.modules, "selective_scan_cuda", module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(triton_scan, "unavailable", lambda: "there is no GPU for it")
         monkeypatch.setattr(mamba_ssm, "DEVICE", "cpu")
-        monkeypatch.setattr(mamba_ssm, "_SIDES", sides)
         mamba_ssm._kernel.forget()
         return mamba_ssm.unavailable()
 
@@ -431,7 +429,7 @@ def test_broken_builds_of_mamba_ssm_cost_only_that_backend(fake_mamba, make_scan
     del half.bwd
     reason = fake_mamba(crashing)
     assert "no kernel image" in reason and "\n" not in reason
-    assert "wrong results" in fake_mamba(lying)
+    assert "is wrong by" in fake_mamba(lying)
     assert "AttributeError" in fake_mamba(half)
     assert "cannot be imported" in fake_mamba(None)  # as Python blocks a module
     selective_scan(*make_scan(length=3).tensors)
@@ -448,30 +446,20 @@ def test_mamba_ssm_whose_import_raises_is_unavailable(fake_mamba, tmp_path, monk
     mamba_ssm._kernel.forget()
 
 
-def _wrong_for(condition):
-    """A module whose forward pass is wrong where ``condition(u, B)`` holds."""
+@pytest.mark.parametrize("way", ["fwd", "bwd"])
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_a_build_is_proved_forwards_and_backwards_for_both_kinds(kind, way, fake_mamba):
+    """Of which a directional scan is one with two groups, here."""
     module = _scan_of_mamba([])
-    right = module.fwd
+    right = getattr(module, way)
 
-    def fwd(u, delta, A, B, *arguments):
-        *rest, out = right(u, delta, A, B, *arguments)
-        return [*rest, out * 1.01 if condition(u, B) else out]
+    def wrong(u, delta, A, B, *arguments):
+        *others, last = right(u, delta, A, B, *arguments)
+        return [*others, last * 1.01 if (B.shape[1] == 2) == (kind == "directional") else last]
 
-    module.fwd = fwd
-    return module
-
-
-def test_a_build_is_proved_beyond_its_first_2048_tokens_and_in_directions(fake_mamba):
-    lengths, sides = [], mamba_ssm._SIDES
-    assert fake_mamba(_wrong_for(lambda u, B: lengths.append(u.shape[2])), sides) is None
-    assert min(lengths) > 2048
-    assert "wrong results for a small scan" in fake_mamba(_wrong_for(lambda u, B: B.shape[1] == 2))
-    broken = _scan_of_mamba([])
-    right = broken.bwd
-    broken.bwd = lambda u, delta, A, B, *rest: [
-        x * (1 + 0.01 * (B.shape[1] == 4)) for x in right(u, delta, A, B, *rest)
-    ]
-    assert "wrong results for a small directional scan" in fake_mamba(broken)
+    setattr(module, way, wrong)
+    reason = fake_mamba(module)
+    assert reason.startswith(f"mamba-ssm's kernel: of a small {kind} scan, the ") and "is wrong by 0.01" in reason
 
 
 def test_a_build_is_proved_on_every_gpu(fake_mamba, monkeypatch):
@@ -480,9 +468,8 @@ def test_a_build_is_proved_on_every_gpu(fake_mamba, monkeypatch):
     assert fake_mamba(_scan_of_mamba(calls)) is None
     tried = len(calls)
     assert mamba_ssm.unavailable() is None and len(calls) == tried
-    device = torch.device
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(mamba_ssm, "published_scan", lambda _, *size: measured.published_scan(device("cpu"), *size))
+    monkeypatch.setattr(mamba_ssm.torch, "device", lambda *_: "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "cannot be while a CUDA graph is recorded" in mamba_ssm.unavailable() and len(calls) == tried
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -560,7 +547,7 @@ def test_the_hub_is_refused_with_its_reason(fake_hub, make_scan):
         (None, "Hugging Face's package kernels is not installed; pip install kernels"),
         (no_network, r"verify publisher trust status\). Its first use needs the network; .* HF_HUB_OFFLINE=1"),
         (lambda: types.SimpleNamespace(), "kernel cannot be loaded .*_ops"),
-        (wrong, "kernels-community/mamba-ssm's kernel gives wrong results for a small scan"),
+        (wrong, "kernels-community/mamba-ssm's kernel: of a small plain scan, the gradient of u is wrong by 0.01"),
     ):
         fake_hub(get_kernel)
         with use_backend("hub"), pytest.raises(LightNetsError, match=words) as error:

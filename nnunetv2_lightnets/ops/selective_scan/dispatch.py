@@ -22,6 +22,7 @@ import torch
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops.selective_scan.backend import Backend
 from nnunetv2_lightnets.ops.selective_scan.measured import faster
+from nnunetv2_lightnets.ops.selective_scan.probe import kind_of
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 from nnunetv2_lightnets.ops.tensors import in_one_line
@@ -45,6 +46,7 @@ ON_REQUEST = "hub"  # it downloads what it runs: only a call for which it is for
 
 _forced: ContextVar[str] = ContextVar("nnunetv2_lightnets_scan_backend", default="")
 _announced: set[tuple[str, str]] = set()
+_NOTHING = nullcontext()
 _logger = logging.getLogger("nnunetv2_lightnets")
 
 
@@ -68,7 +70,7 @@ def _find(name: str) -> Backend | str:
 def _current(device: torch.device | None) -> AbstractContextManager[object]:
     """Context in which a GPU is the current one; nothing is to be done for other devices."""
     if device is None or device.type != "cuda" or device.index is None:
-        return nullcontext()
+        return _NOTHING
     return torch.cuda.device(device)
 
 
@@ -136,31 +138,32 @@ def choose(scan: Scan, forced: str = "") -> Backend:
     forced = forced or forced_backend()
     device = scan.u.device
     refusals: list[str] = []
-
-    def accepting(names: tuple[str, ...]) -> list[Backend]:
-        found = []
-        for name in names:
-            backend = _find(name)
-            if not isinstance(backend, str):
-                backend = backend.refuses(scan) or backend
-            if isinstance(backend, str):
-                refusals.append(f"{name}: {backend}")
-            else:
-                found.append(backend)
-        return found
-
     with _current(device):
-        candidates = accepting((forced,) if forced else FAST.get(device.type, ()))
+        candidates = _accepting((forced,) if forced else FAST.get(device.type, ()), scan, refusals)
         if not candidates and not forced:
-            candidates = accepting(("torch",))
+            candidates = _accepting(("torch",), scan, refusals)
         if not candidates:
             raise _refused(forced, device, refusals)
         backend = candidates[0]
         if len(candidates) > 1:
-            backend = faster(candidates, scan.order is not None, scan.u.dtype, device)
+            backend = faster(candidates, kind_of(scan), scan.u.dtype, device)
         if (device.type, backend.NAME) not in _announced:
             _announce(device, backend.NAME, forced, "; ".join(refusals))
     return backend
+
+
+def _accepting(names: Sequence[str], scan: Scan, refusals: list[str]) -> list[Backend]:
+    """The backends that take a scan; why the others do not is added to ``refusals``."""
+    found = []
+    for name in names:
+        backend = _find(name)
+        if not isinstance(backend, str):
+            backend = backend.refuses(scan) or backend
+        if isinstance(backend, str):
+            refusals.append(f"{name}: {backend}")
+        else:
+            found.append(backend)
+    return found
 
 
 def _refused(forced: str, device: torch.device, refusals: list[str]) -> LightNetsError:
@@ -173,11 +176,11 @@ def _refused(forced: str, device: torch.device, refusals: list[str]) -> LightNet
     )
 
 
-def fastest(names: Sequence[str], directional: bool, device: torch.device) -> str:
-    """Which of the fast backends that run on a device takes the scans of networks; it may measure, as a scan would."""
+def fastest(names: Sequence[str], kind: str, device: torch.device) -> str:
+    """Which of the fast backends that run on a device takes a kind of networks' scans; it may measure, as they do."""
     backends = [cast(Backend, _load(name)) for name in names]
     with _current(device):  # networks scan in float32, under autocast, too
-        return faster(backends, directional, torch.float32, device).NAME
+        return faster(backends, kind, torch.float32, device).NAME
 
 
 def announced(device: torch.device, name: str) -> None:
