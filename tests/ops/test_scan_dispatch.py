@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from nnunetv2_lightnets import LightNetsError
-from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
+from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, tuning, use_backend
 from nnunetv2_lightnets.ops.scan_order import check_order
 from nnunetv2_lightnets.ops.selective_scan import (
     chunked,
@@ -27,6 +28,7 @@ from nnunetv2_lightnets.ops.selective_scan import (
 )
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from tests.ops.operator_call import operator_arguments
+from tests.ops.test_tuning import Card
 
 ENVIRONMENT_VARIABLE = "NNUNET_LIGHTNETS_SCAN_BACKEND"
 
@@ -222,6 +224,38 @@ def test_the_faster_of_two_is_taken_for_plain_and_for_directional_scans(winner, 
     # the first is the default
     assert all(candidates == ("triton", "mamba_ssm") for *_, candidates in choices)
     assert dispatch.fastest(["triton", "mamba_ssm"], "directional", torch.device("cpu")) == winner
+
+
+def test_the_choice_is_kept_on_disk_and_said(two_fast, make_scan, monkeypatch, tmp_path, caplog):
+    """By the real function, on a card that is made up."""
+    choose, card = tuning.choose, Card(monkeypatch, tmp_path)
+    two_fast()
+    monkeypatch.setattr(measured.tuning, "choose", lambda *arguments: choose(*arguments[:-1], torch.device("cuda", 0)))
+    card.times = {"triton": 3.0, "mamba_ssm": 2.0}
+    scan = make_scan(length=5).to(torch.float32).record()
+    card.capturing = True
+    assert dispatch.choose(scan).NAME == "triton"  # a default, and not kept
+    card.capturing = False
+    with caplog.at_level(logging.INFO, logger="nnunetv2_lightnets"):
+        assert dispatch.choose(scan).NAME == "mamba_ssm"
+    assert "backend: plain scans" in caplog.text and "from now on mamba_ssm" in caplog.text
+    card.times = {"triton": 1.0, "mamba_ssm": 2.0}
+    for _ in range(2):  # from memory, and as the next process
+        assert dispatch.choose(scan).NAME == "mamba_ssm"
+        card.forget()
+    assert dispatch.choose(probe.small_scan("directional", "cpu", 4, 12)).NAME == "triton"
+    ((place, entries),) = json.loads((tmp_path / tuning.FILE).read_text()).items()
+    assert place == "Card A"
+    assert entries == {
+        "backend: plain scans, float32, mamba-ssm of unknown version": {
+            "chosen": "mamba_ssm",
+            "milliseconds": {"triton": 3.0, "mamba_ssm": 2.0},
+        },
+        "backend: directional scans, float32, mamba-ssm of unknown version": {
+            "chosen": "triton",
+            "milliseconds": {"triton": 1.0, "mamba_ssm": 2.0},
+        },
+    }
 
 
 def test_the_key_is_one_for_all_shapes(two_fast, make_scan):
