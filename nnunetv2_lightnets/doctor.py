@@ -172,18 +172,19 @@ def scan_backends() -> Iterator[Finding]:
 
     from nnunetv2_lightnets.nnunet.notices import scan_backend
     from nnunetv2_lightnets.ops import available_backends
-    from nnunetv2_lightnets.ops.selective_scan.mamba_ssm import installed, without_scan
+    from nnunetv2_lightnets.ops.selective_scan.mamba_ssm import INSTALL, installed, without_scan
 
+    on_gpu = torch.cuda.is_available()
     backends = available_backends()
     for name, reason in backends.items():
         found = "runs here" if reason is None else f"not here: {reason}"
         yield Finding(f"scan backend {name}", found, absent=bool(reason))
     if (version := installed()) is not None:
-        reason = without_scan() or backends["mamba_ssm"]
-        what, _, remedy = (reason or "").partition("; ")
-        value = f"{version}, which scans" if reason is None else f"{version} does not scan: {what}"
-        yield Finding("mamba-ssm", value, remedy or None, absent=reason is not None and not remedy)
-    on_gpu = torch.cuda.is_available()
+        incomplete = without_scan()
+        reason = incomplete or backends["mamba_ssm"]
+        value = f"{version}, which scans" if reason is None else f"{version} does not scan: {reason}"
+        remedy = INSTALL if reason and (incomplete or on_gpu) else None
+        yield Finding("mamba-ssm", value, remedy, absent=reason is not None)
     name, slow = scan_backend(torch.device("cuda" if on_gpu else "cpu"))
     on_device = f"scan on this {'GPU' if on_gpu else 'CPU'}"
     if slow is not None:

@@ -135,20 +135,24 @@ def test_a_slow_scan(
 
 
 @pytest.mark.parametrize(
-    ("module", "reason", "said"),
+    ("cuda", "module", "reason", "said"),
     [
-        (True, None, "[ ok ] mamba-ssm                   2.4.0, which scans"),
-        (True, "no kernel image", "[ -- ] mamba-ssm                   2.4.0 does not scan: no kernel image"),
+        (True, True, None, "[ ok ] mamba-ssm                   2.4.0, which scans"),
+        (True, True, "no kernel; image", "[note] mamba-ssm                   2.4.0 does not scan: no kernel; image"),
+        (False, True, "no CUDA", "[ -- ] mamba-ssm                   2.4.0 does not scan: no CUDA"),
         (
             False,
-            "whatever",
-            "[note] mamba-ssm                   2.4.0 does not scan: mamba-ssm 2.4.0 is installed without",
+            False,
+            "no CUDA",
+            "[note] mamba-ssm                   2.4.0 does not scan: mamba-ssm 2.4.0 is installed wit",
         ),
     ],
 )
 def test_the_installed_mamba_ssm(
-    module: bool, reason: str | None, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cuda: bool, module: bool, reason: str | None, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("nnunetv2_lightnets.nnunet.notices.available_backends", lambda device: {"triton": None})
     monkeypatch.setattr("nnunetv2_lightnets.ops.available_backends", lambda: {"mamba_ssm": reason})
     assert not any(finding.what == "mamba-ssm" for finding in doctor.scan_backends())  # it is not installed
     monkeypatch.setattr(mamba_ssm, "version", lambda package: "2.4.0")
@@ -157,7 +161,7 @@ def test_the_installed_mamba_ssm(
         monkeypatch.syspath_prepend(tmp_path)
     (found,) = (finding for finding in doctor.scan_backends() if finding.what == "mamba-ssm")
     assert str(found).startswith(said) and not found.fatal
-    assert ("-> MAMBA_KEEP_CUDA_BUILD=TRUE pip install" in str(found)) == (not module)
+    assert ("-> MAMBA_KEEP_CUDA_BUILD=TRUE pip install" in str(found)) == said.startswith("[note]")
 
 
 def test_it_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,34 @@ def test_all_backends_are_listed_with_a_reason_or_none():
     assert backends["torch"] is None and backends["reference"] is None
     if not torch.cuda.is_available():
         assert "CUDA" in backends["mamba_ssm"] and "CUDA" in backends["triton"]
+
+
+def test_a_listing_survives_a_wrong_name(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
+    assert available_backends()["torch"] is None
+
+
+def test_backends_are_asked_for_the_gpu_of_the_tensors(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    asked = []
+    backend = types.SimpleNamespace(
+        NAME="triton", unavailable=lambda: asked.append(current[-1]), refuses=lambda scan: asked.append(current[-1])
+    )
+    real = dispatch._load
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(dispatch, "_load", lambda name: backend if name == "triton" else real(name))
+    dispatch.choose(types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda", 1))))
+    assert asked == [1, 1] and current == [0]
+    available_backends(torch.device("cuda", 2))
+    available_backends()
+    assert asked == [1, 1, 2, 0]
 
 
 def test_cpu_takes_native_then_torch_and_never_the_reference(make_scan, monkeypatch):

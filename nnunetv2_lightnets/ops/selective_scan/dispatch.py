@@ -86,7 +86,7 @@ def available_backends(device: torch.device | None = None) -> dict[str, str | No
 
 
 def _not_looked_for() -> str:
-    if forced_backend() == ON_REQUEST:
+    if _forced_name() == ON_REQUEST:
         return "it is forced, and looked for when a scan runs"
     return f"not asked for; {ENVIRONMENT_VARIABLE}={ON_REQUEST} downloads it when a scan runs"
 
@@ -119,10 +119,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str:
     """The backend that :func:`use_backend` or the environment forces here, "" if none."""
-    name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    name = _forced_name()
     if name:
         _check_name(name, ENVIRONMENT_VARIABLE)
     return name
+
+
+def _forced_name() -> str:
+    return _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
 def choose(scan: Scan, forced: str = "") -> Backend:

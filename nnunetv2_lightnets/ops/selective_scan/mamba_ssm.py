@@ -145,10 +145,13 @@ def installed() -> str | None:
 
 
 def without_scan() -> str | None:
-    """What is wrong with an installed mamba-ssm that has no compiled scan; None if it has one, or is not installed."""
+    """What is wrong with an installed mamba-ssm that has no compiled scan; None if it has one, or is not installed.
+
+    ``INSTALL`` is the remedy.
+    """
     if (found := installed()) is None or importlib.util.find_spec(MODULE) is not None:
         return None
-    return f"mamba-ssm {found} is installed without its scan (there is no module {MODULE}); {INSTALL}"
+    return f"mamba-ssm {found} is installed without its scan (there is no module {MODULE})"
 
 
 def _load() -> Functions:
@@ -157,7 +160,9 @@ def _load() -> Functions:
     except ModuleNotFoundError as error:
         if error.name != MODULE:
             raise
-        raise Missing(without_scan() or f"mamba-ssm is not installed ({MODULE} cannot be imported)") from error
+        if (reason := without_scan()) is not None:
+            raise Missing(f"{reason}; {INSTALL}") from error
+        raise Missing(f"mamba-ssm is not installed ({MODULE} cannot be imported)") from error
     return module.fwd, module.bwd
 
 
