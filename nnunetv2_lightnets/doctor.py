@@ -172,19 +172,25 @@ def scan_backends() -> Iterator[Finding]:
 
     from nnunetv2_lightnets.nnunet.notices import scan_backend
     from nnunetv2_lightnets.ops import available_backends
+    from nnunetv2_lightnets.ops.selective_scan.mamba_ssm import INSTALL, installed, without_scan
 
-    for name, reason in available_backends().items():
+    on_gpu = torch.cuda.is_available()
+    backends = available_backends()
+    for name, reason in backends.items():
         found = "runs here" if reason is None else f"not here: {reason}"
         yield Finding(f"scan backend {name}", found, absent=bool(reason))
-    on_gpu = torch.cuda.is_available()
-    name, slow = scan_backend("cuda" if on_gpu else "cpu")
+    if (version := installed()) is not None:
+        incomplete = without_scan()
+        reason = incomplete or backends["mamba_ssm"]
+        value = f"{version}, which scans" if reason is None else f"{version} does not scan: {reason}"
+        remedy = INSTALL if reason and (incomplete or on_gpu) else None
+        yield Finding("mamba-ssm", value, remedy, absent=reason is not None)
+    name, slow = scan_backend(torch.device("cuda" if on_gpu else "cpu"))
+    on_device = f"scan on this {'GPU' if on_gpu else 'CPU'}"
     if slow is not None:
-        value = f"backend {name}, many times slower than the one meant for it ({slow})"
-        if on_gpu:
-            remedy = "Triton comes with torch for CUDA on Linux, and needs a C compiler (gcc): install both"
-        else:
-            remedy = "install a wheel, or a C compiler, and then this package again"
-        yield Finding(f"scan on this {'GPU' if on_gpu else 'CPU'}", value, remedy, fatal=on_gpu)
+        yield Finding(on_device, *slow, fatal=on_gpu)
+    elif on_gpu:
+        yield Finding(on_device, f"backend {name}")
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:

@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nnunetv2_lightnets import doctor
 from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
 from nnunetv2_lightnets.nnunet.folders import FOLDERS
+from nnunetv2_lightnets.ops.selective_scan import mamba_ssm
+from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -114,9 +117,9 @@ def test_a_slow_scan(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    backends = {"mamba_ssm": "not installed", "triton": "no compiler", "native": native, "torch": None}
+    backends = {"mamba_ssm": "not installed", "triton": "no C compiler", "native": native, "torch": None}
     for module in ("nnunetv2_lightnets.ops", "nnunetv2_lightnets.nnunet.notices"):
-        monkeypatch.setattr(f"{module}.available_backends", lambda: backends)
+        monkeypatch.setattr(f"{module}.available_backends", lambda device=None: backends)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     lines = [line for finding in doctor.scan_backends() for line in str(finding).splitlines()]
     assert "[ -- ] scan backend mamba_ssm      not here: not installed" in lines
@@ -126,6 +129,46 @@ def test_a_slow_scan(
     assert len(slow) == (mark is not None)
     if mark is not None:
         assert slow[0].startswith(f"[{mark}] scan on this {'GPU' if cuda else 'CPU'}")
+    if cuda:  # the text of a training's log
+        what, remedy = slow_scan(torch.device("cuda"), "mamba_ssm: not installed; triton: no C compiler")
+        assert slow[0].endswith(what) and f"       -> {remedy}" in lines and "install gcc" in remedy
+
+
+@pytest.mark.parametrize(
+    ("cuda", "module", "reason", "said"),
+    [
+        (True, True, None, "[ ok ] mamba-ssm                   2.4.0, which scans"),
+        (True, True, "no kernel; image", "[note] mamba-ssm                   2.4.0 does not scan: no kernel; image"),
+        (False, True, "no CUDA", "[ -- ] mamba-ssm                   2.4.0 does not scan: no CUDA"),
+        (
+            False,
+            False,
+            "no CUDA",
+            "[note] mamba-ssm                   2.4.0 does not scan: mamba-ssm 2.4.0 is installed wit",
+        ),
+    ],
+)
+def test_the_installed_mamba_ssm(
+    cuda: bool, module: bool, reason: str | None, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("nnunetv2_lightnets.nnunet.notices.available_backends", lambda device: {"triton": None})
+    monkeypatch.setattr("nnunetv2_lightnets.ops.available_backends", lambda: {"mamba_ssm": reason})
+    assert not any(finding.what == "mamba-ssm" for finding in doctor.scan_backends())  # it is not installed
+    monkeypatch.setattr(mamba_ssm, "version", lambda package: "2.4.0")
+    if module:
+        (tmp_path / "selective_scan_cuda.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+    (found,) = (finding for finding in doctor.scan_backends() if finding.what == "mamba-ssm")
+    assert str(found).startswith(said) and not found.fatal
+    assert ("-> MAMBA_KEEP_CUDA_BUILD=TRUE pip install" in str(found)) == said.startswith("[note]")
+
+
+def test_it_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    monkeypatch.setenv("NNUNET_LIGHTNETS_SCAN_BACKEND", "hub")
+    lines = [str(finding) for finding in doctor.scan_backends()]
+    assert "[ -- ] scan backend hub            not here: it is forced, and looked for when a scan runs" in lines
 
 
 @pytest.mark.parametrize("unset", [[], ["nnUNet_raw"], ["nnUNet_raw", "nnUNet_results"]])

@@ -1,50 +1,87 @@
-"""What a trainer writes into nnU-Net's log when a training starts: how it computes, and whether it can end well."""
+"""What nnU-Net's user hears when a network starts: how it computes, and whether a training can end well."""
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from nnunetv2_lightnets.files import last_line
 from nnunetv2_lightnets.nnunet.memory import memory_of
 from nnunetv2_lightnets.ops import available_backends
-from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend
+from nnunetv2_lightnets.ops.selective_scan.dispatch import (
+    ENVIRONMENT_VARIABLE,
+    FAST,
+    ON_REQUEST,
+    announced,
+    fastest,
+    forced_backend,
+)
+from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 
-_FAST_SCANS = {"cuda": ("triton", "mamba_ssm"), "cpu": ("native",)}
 _GIGABYTE = 2**30
+_KINDS = {"A_log": "plain", "A_logs": "directional"}  # the parameter of a network that scans, and how it does
 
 
-def scan_backend(device_type: str) -> tuple[str, str | None]:
-    """The backend of the selective scan on a device, and why it is a slow one; None if it is not.
+def scan_backend(device: torch.device, kind: str = "plain") -> tuple[str, tuple[str, str] | None]:
+    """The backend of a kind of scan on a device, and, if it is a slow one, what is to be said of it and the remedy.
 
     Raises:
         LightNetsError: the environment forces a backend that does not exist.
     """
-    backends, forced = available_backends(), forced_backend()
-    fast = [name for name in backends if name in _FAST_SCANS.get(device_type, ())]
-    name = forced or next((name for name in fast if backends[name] is None), "torch")
-    if name in fast:
-        return name, None
+    forced, fast = forced_backend(), FAST.get(device.type, ())
+    if forced in (*fast, ON_REQUEST):
+        return forced, None
     if forced:
-        return name, "it is forced"
-    return name, "; ".join(f"{name}: {backends[name]}" for name in fast) or f"there is no faster one for {device_type}"
+        what = f"selective scan on {device.type}: backend {forced!r}, which is slow; it is forced"
+        return forced, (what, f"unset {ENVIRONMENT_VARIABLE}")
+    backends = available_backends(device)
+    if found := [name for name in fast if name in backends and backends[name] is None]:
+        return fastest(found, kind, device), None
+    refusals = "; ".join(f"{name}: {backends[name]}" for name in backends if name in fast)
+    return "torch", slow_scan(device, refusals or f"there is no faster one for {device.type}")
 
 
 def scan_notice(network: nn.Module, device: torch.device) -> str | None:
-    """Which backend computes the selective scans of a network; None if it has none."""
-    if not any(name.rpartition(".")[2].startswith("A_log") for name, _ in network.named_parameters()):
+    """Which backend computes the selective scans of a network, a warning if it is a slow one; None if it has none.
+
+    Where the notice warns, the scans themselves do so no more.
+    """
+    parameters = {name.rpartition(".")[2] for name, _ in network.named_parameters()}
+    named: dict[str, list[str]] = {}
+    for kind in (kind for name, kind in _KINDS.items() if name in parameters):
+        name, slow = scan_backend(device, kind)
+        announced(device, name)
+        if slow is not None:
+            return f"WARNING: {slow[0]}. Remedy: {slow[1]}; nnUNetv2_lightnets doctor checks it"
+        named.setdefault(name, []).append(kind)
+    if not named:
         return None
-    name, slow = scan_backend(device.type)
-    if slow is None:
-        return f"selective scan on {device.type}: backend {name!r}"
-    return (
-        f"WARNING: selective scan on {device.type}: backend {name!r}, which is many times slower than the one meant "
-        f"for this device ({slow}); nnUNetv2_lightnets doctor says what to do"
+    how = " (forced)" if forced_backend() else ""
+    return f"selective scan on {device.type}: " + ", ".join(
+        f"backend {name!r}{how}" + (f" for {' and '.join(its)} scans" if len(named) > 1 else "")
+        for name, its in named.items()
     )
+
+
+class _Terminal(logging.Handler):
+    """Writes warnings on lines of their own beside a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"{record.levelname}: {self.format(record)}", file=sys.stderr)
+
+
+def show_warnings() -> None:
+    """Show warnings of scans in the terminal, once they are given: nnU-Net sets up no log when it predicts."""
+    logger = logging.getLogger("nnunetv2_lightnets")
+    if not logger.hasHandlers():
+        logger.addHandler(_Terminal(logging.WARNING))
 
 
 def memory_notice(trainer: Any) -> str | None:

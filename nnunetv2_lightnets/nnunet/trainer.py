@@ -25,10 +25,11 @@ from nnunetv2_lightnets.networks import create_network, list_networks, network_e
 from nnunetv2_lightnets.nnunet.checkpoints import CheckpointTrainer
 from nnunetv2_lightnets.nnunet.freezing import backward
 from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
-from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice
+from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice, show_warnings
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
+from nnunetv2_lightnets.ops.selective_scan.dispatch import announced
 
 # Under automatic mixed precision single steps may overflow: the gradient scaler skips them. A run of them is a fault.
 MAX_SKIPPED_STEPS = 20
@@ -71,6 +72,7 @@ class LightNetsTrainer(CheckpointTrainer):
         self.initial_lr, self.weight_decay = type(self).initial_lr, type(self).weight_decay
         self.enable_deep_supervision = self.deep_supervision
         self._skipped_steps = 0
+        self._named_scan_backend = False
 
     @classmethod
     def _refuse_what_cannot_work(cls, plans: dict[str, Any], configuration: str) -> None:
@@ -108,6 +110,7 @@ class LightNetsTrainer(CheckpointTrainer):
         )
         if _building_for_training.get():
             return network
+        show_warnings()
         network = _for_prediction(network)
         reuse_freed_memory_on_cpu(network)
         return network
@@ -158,6 +161,7 @@ class LightNetsTrainer(CheckpointTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does, with the network as it will predict."""
+        self._name_scan_backend()  # where nothing was trained before
         if self.device.type == "cpu":
             reuse_freed_memory()
         trained = self.network  # type: ignore[has-type]
@@ -183,10 +187,19 @@ class LightNetsTrainer(CheckpointTrainer):
             f"nnunetv2_lightnets {__version__}: {self.network_name} {dict(self.network_kwargs) or ''}, "
             f"{parameters:,} parameters, torch {torch.__version__}"
         )
-        if self.local_rank == 0:
-            for notice in (scan_notice(self.bare_network, self.device), memory_notice(self)):
-                if notice is not None:
-                    self.print_to_log_file(notice)
+        self._name_scan_backend()
+        if self.local_rank == 0 and (notice := memory_notice(self)) is not None:
+            self.print_to_log_file(notice)
+
+    def _name_scan_backend(self) -> None:
+        """Write into the log, once and from one process, what computes the network's scans."""
+        if self._named_scan_backend:
+            return
+        self._named_scan_backend = True
+        if self.local_rank != 0:
+            announced(self.device, "torch")
+        elif (notice := scan_notice(self.bare_network, self.device)) is not None:
+            self.print_to_log_file(notice)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One training iteration: nnU-Net's own, but that frozen parameters get no gradient.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_lightnets import list_networks
+from nnunetv2_lightnets.networks.mamba import Mamba
 from nnunetv2_lightnets.nnunet import notices
+from nnunetv2_lightnets.nnunet import trainer as trainer_module
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.memory import memory_of, training_memory
 from nnunetv2_lightnets.nnunet.notices import device_memory, memory_notice, scan_backend, scan_notice
 from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_trainer
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
+from nnunetv2_lightnets.ops.selective_scan import dispatch, mamba_ssm, measured, slow, triton_scan
 from nnunetv2_lightnets.trainers import find_trainer
 
 CPU = torch.device("cpu")
@@ -45,7 +51,13 @@ def made() -> Iterator[Callable[..., Any]]:
 
 def without_fast_scans(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"mamba_ssm": "not installed", "triton": "no compiler", "native": "no kernel", "torch": None}
-    monkeypatch.setattr(notices, "available_backends", lambda: reasons)
+    monkeypatch.setattr(notices, "available_backends", lambda device: reasons)
+    monkeypatch.setattr(slow, "slowdown", lambda device: 1234.5)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_announced", set())
 
 
 @pytest.mark.parametrize(
@@ -59,20 +71,137 @@ def test_the_slow_scan_is_a_warning_with_its_reason(
     network = made("nnUNetTrainerLightMUNetT", [16, 16]).network
     notice = scan_notice(network, torch.device(device))
     assert notice is not None and notice.startswith(f"WARNING: selective scan on {device}: backend 'torch'")
-    assert reason in notice
+    assert reason in notice and "\n" not in notice
+    assert "takes 1,234 times as long as reading and writing its data once (measured here)" in notice
+    assert "Remedy: " in notice and notice.endswith("nnUNetv2_lightnets doctor checks it")
+
+
+def test_a_measurement_that_fails_stops_no_warning(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what the notice has said, the scans do not say again."""
+    without_fast_scans(monkeypatch)
+    monkeypatch.setattr(slow, "slowdown", measured.slowdown)  # there is no such GPU here
+    notice = scan_notice(made("nnUNetTrainerLightMUNetT", [16, 16]).network, torch.device("cuda", 7))
+    assert notice is not None and "backend 'torch', many times slower than the one meant for this device" in notice
+    monkeypatch.setattr(triton_scan, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "not installed")
+    dispatch.choose(types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda"))))  # type: ignore[arg-type]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["LightMUNetT", "UMambaBot", "SwinUMambaDScratch"])
 def test_the_fast_scan_is_named(name: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
-    monkeypatch.setattr(notices, "available_backends", lambda: {"mamba_ssm": "none", "triton": None, "native": None})
-    assert [scan_backend(device) for device in ("cuda", "cpu")] == [("triton", None), ("native", None)]
+    backends = {"mamba_ssm": "none", "triton": None, "native": None}
+    monkeypatch.setattr(notices, "available_backends", lambda device: backends)
+    devices = [torch.device(name) for name in ("cuda", "cpu")]
+    assert [scan_backend(device) for device in devices] == [("triton", None), ("native", None)]
     network = made(f"nnUNetTrainer{name}", [32, 32]).network
     assert scan_notice(network, torch.device("cuda")) == "selective scan on cuda: backend 'triton'"
 
 
 def test_a_forced_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NNUNET_LIGHTNETS_SCAN_BACKEND", "reference")
-    assert scan_backend("cpu") == ("reference", "it is forced")
+    name, slow = scan_backend(CPU)
+    assert name == "reference" and slow is not None
+    assert "it is forced" in slow[0] and slow[1] == "unset NNUNET_LIGHTNETS_SCAN_BACKEND"
+
+
+@pytest.mark.parametrize("name", ["triton", "hub"])
+def test_a_forced_fast_backend_is_named_and_not_looked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv("NNUNET_LIGHTNETS_SCAN_BACKEND", name)
+    monkeypatch.setattr(notices, "available_backends", None)
+    notice = scan_notice(made("nnUNetTrainerLightMUNetT", [16, 16]).network, torch.device("cuda"))
+    assert notice == f"selective scan on cuda: backend {name!r} (forced)"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kind", "said"),
+    [("LightMUNetT", "plain", "backend 'mamba_ssm'"), ("SwinUMambaDScratch", "directional", "backend 'triton'")],
+)
+def test_the_measured_backend_of_the_networks_kind_is_named(
+    trainer: str, kind: str, said: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
+) -> None:
+    asked = []
+
+    def fastest(names: list[str], kind: str, device: torch.device) -> str:
+        assert names == ["triton", "mamba_ssm"] and device.type == "cuda"
+        asked.append(kind)
+        return {"plain": "mamba_ssm", "directional": "triton"}[kind]
+
+    monkeypatch.setattr(notices, "available_backends", lambda device: {"mamba_ssm": None, "triton": None})
+    monkeypatch.setattr(notices, "fastest", fastest)
+    network = made(f"nnUNetTrainer{trainer}", [32, 32]).network
+    assert scan_notice(network, torch.device("cuda")) == f"selective scan on cuda: {said}"
+    assert asked == [kind]
+    both = torch.nn.ModuleList([network, Mamba(4)])
+    if kind == "directional":
+        assert scan_notice(both, torch.device("cuda")) == (
+            "selective scan on cuda: backend 'mamba_ssm' for plain scans, backend 'triton' for directional scans"
+        )
+
+
+def _said(trainer: Any) -> list[str]:
+    said: list[str] = []
+    trainer.print_to_log_file = lambda *words, **_: said.append(" ".join(map(str, words)))
+    return said
+
+
+@pytest.mark.parametrize("starts", [["train"], ["validate"], ["train", "validate"]])
+@pytest.mark.parametrize(("name", "times"), [("LightMUNetT", 1), ("ULite", 0)])
+def test_the_log_names_the_backend_once(
+    name: str, times: int, starts: list[str], monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
+) -> None:
+    """In trainings, and where only a validation is run."""
+    without_fast_scans(monkeypatch)
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities: None)
+    monkeypatch.setattr(trainer_module, "memory_notice", lambda trainer: None)
+    trainer = made(f"nnUNetTrainer{name}", [32, 32])
+    said = _said(trainer)
+    for start in starts:
+        trainer.on_train_start() if start == "train" else trainer.perform_actual_validation()
+    assert sum("WARNING: selective scan on cpu: backend 'torch'" in line for line in said) == times
+    assert sum("selective scan" in line for line in said) == times
+
+
+def test_one_process_of_several_names_the_backend(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    trainer = made("nnUNetTrainerLightMUNetT", [32, 32])
+    said = _said(trainer)
+    trainer.local_rank, trainer.device = 1, torch.device("cuda", 1)
+    trainer.on_train_start()
+    assert not any("selective scan" in line for line in said)
+    for module in (triton_scan, mamba_ssm):
+        monkeypatch.setattr(module, "unavailable", lambda: "not here")
+    dispatch.choose(types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda"))))  # type: ignore[arg-type]
+    assert not caplog.records
+
+
+def test_prediction_warns_once_in_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing sets up a log in nnUNetv2_predict, and a progress bar is on the line."""
+    logger = logging.getLogger("nnunetv2_lightnets")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    without_fast_scans(monkeypatch)
+    for module in (triton_scan, mamba_ssm):
+        monkeypatch.setattr(module, "unavailable", lambda: "no C compiler")
+    trainer = made("nnUNetTrainerLightMUNetT", [32, 32])
+    for _ in range(2):
+        type(trainer).build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 1, 3, False)
+    assert len(logger.handlers) == 1 and not capsys.readouterr().err
+    scan = types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda")))
+    for _ in range(3):
+        dispatch.choose(scan)  # type: ignore[arg-type]
+    error = capsys.readouterr().err
+    assert error.startswith("WARNING: selective scan on cuda: backend 'torch', whose forward pass takes 1,234 times")
+    assert "install gcc" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerULite", "nnUNetTrainerLightMUNetTNoScan"])

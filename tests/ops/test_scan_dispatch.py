@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
 from nnunetv2_lightnets import LightNetsError
-from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, use_backend
-from nnunetv2_lightnets.ops.selective_scan import chunked, dispatch, mamba_ssm, reference, triton_scan
+from nnunetv2_lightnets.ops import available_backends, directional_scan, scan_order, selective_scan, tuning, use_backend
+from nnunetv2_lightnets.ops.scan_order import check_order
+from nnunetv2_lightnets.ops.selective_scan import (
+    chunked,
+    dispatch,
+    hub,
+    mamba_ssm,
+    measured,
+    probe,
+    reference,
+    slow,
+    triton_scan,
+)
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from tests.ops.operator_call import operator_arguments
+from tests.ops.test_tuning import Card
 
 ENVIRONMENT_VARIABLE = "NNUNET_LIGHTNETS_SCAN_BACKEND"
 
@@ -35,10 +49,38 @@ def _used(monkeypatch, *modules):
 
 def test_all_backends_are_listed_with_a_reason_or_none():
     backends = available_backends()
-    assert list(backends) == ["mamba_ssm", "triton", "native", "torch", "reference"]
+    assert list(backends) == ["mamba_ssm", "triton", "native", "torch", "reference", "hub"]
     assert backends["torch"] is None and backends["reference"] is None
     if not torch.cuda.is_available():
         assert "CUDA" in backends["mamba_ssm"] and "CUDA" in backends["triton"]
+
+
+def test_a_listing_survives_a_wrong_name(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
+    assert available_backends()["torch"] is None
+
+
+def test_backends_are_asked_for_the_gpu_of_the_tensors(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    asked = []
+    backend = types.SimpleNamespace(
+        NAME="triton", unavailable=lambda: asked.append(current[-1]), refuses=lambda scan: asked.append(current[-1])
+    )
+    real = dispatch._load
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(dispatch, "_load", lambda name: backend if name == "triton" else real(name))
+    dispatch.choose(types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda", 1))))
+    assert asked == [1, 1] and current == [0]
+    available_backends(torch.device("cuda", 2))
+    available_backends()
+    assert asked == [1, 1, 2, 0]
 
 
 def test_cpu_takes_native_then_torch_and_never_the_reference(make_scan, monkeypatch):
@@ -110,7 +152,7 @@ def test_environment_variable_forces_and_use_backend_wins(make_scan, monkeypatch
 
 
 def test_unknown_names_are_refused_with_those_that_exist(make_scan, monkeypatch):
-    names = "mamba_ssm, triton, native, torch, reference"
+    names = "mamba_ssm, triton, native, torch, reference, hub"
     with pytest.raises(LightNetsError, match=f"use_backend: there is no scan backend 'cuda'; use one of {names}"):
         use_backend("cuda").__enter__()
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
@@ -119,7 +161,7 @@ def test_unknown_names_are_refused_with_those_that_exist(make_scan, monkeypatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("name", ["mamba_ssm", "triton"])
+@pytest.mark.parametrize("name", ["mamba_ssm", "triton", "hub"])
 def test_forcing_a_backend_that_cannot_run_raises_with_the_reason(name, make_scan):
     with use_backend(name), pytest.raises(LightNetsError, match=rf"'{name}' cannot take this call: .*CUDA"):
         selective_scan(*make_scan(length=3).tensors)
@@ -146,7 +188,7 @@ def test_a_slow_backend_on_a_gpu_is_a_warning_with_the_reasons(caplog, monkeypat
     monkeypatch.setattr(dispatch, "_announced", set())
     monkeypatch.setattr(triton_scan, "unavailable", lambda: "Triton cannot be imported")
     monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "it is not installed")
-    scan = types.SimpleNamespace(u=types.SimpleNamespace(device=types.SimpleNamespace(type="cuda")))
+    scan = types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda")))
     with caplog.at_level(logging.WARNING, logger="nnunetv2_lightnets"):
         for _ in range(2):
             assert dispatch.choose(scan).NAME == "torch"
@@ -156,6 +198,170 @@ def test_a_slow_backend_on_a_gpu_is_a_warning_with_the_reasons(caplog, monkeypat
     assert record.levelno == logging.WARNING
     for words in ("'torch'", "Triton cannot be imported", "it is not installed", "needs a C compiler", "doctor"):
         assert words in record.getMessage()
+
+
+# What is measured where two fast backends can: stand-ins for the backends, and for the measurement.
+
+
+def _fast(name, takes=lambda scan: None):
+    """A fast backend that computes by "torch"."""
+    return types.SimpleNamespace(
+        NAME=name, unavailable=lambda: None, refuses=takes, forward=chunked.forward, backward=chunked.backward
+    )
+
+
+@pytest.fixture
+def two_fast(monkeypatch):
+    """Both fast backends run here; ``takes`` says what mamba_ssm takes, ``winner`` is measured to be the fastest.
+
+    Gives the names, keys and candidates that were measured.
+    """
+
+    def install(winner=None, takes=lambda scan: None):
+        backends = {"triton": _fast("triton"), "mamba_ssm": _fast("mamba_ssm", takes)}
+        real, measured_choices = dispatch._load, []
+
+        def choose(name, key, candidates, run, device):
+            measured_choices.append((name, key, candidates))
+            for candidate in candidates:
+                run(candidate)
+            return candidates[0] if winner is None else winner
+
+        monkeypatch.setattr(dispatch, "_load", lambda name: backends.get(name) or real(name))
+        monkeypatch.setitem(dispatch.FAST, "cpu", dispatch.FAST["cuda"])
+        monkeypatch.setattr(measured, "SIZES", {kind: (4, (3, 3)) for kind in probe.KINDS})
+        monkeypatch.setattr(measured.tuning, "choose", choose)
+        return measured_choices
+
+    return install
+
+
+@pytest.mark.parametrize("winner", ["triton", "mamba_ssm"])
+def test_the_faster_of_two_is_taken_for_plain_and_for_directional_scans(winner, two_fast, make_scan):
+    choices = two_fast(winner)
+    plain = make_scan(length=5).to(torch.float32).record()
+    assert winner == dispatch.choose(plain).NAME
+    assert winner == dispatch.choose(probe.small_scan("directional", "cpu", 4, 12)).NAME
+    half = make_scan(length=9).to(torch.bfloat16).record()
+    assert winner == dispatch.choose(half).NAME
+    assert [key[:2] for _, key, _ in choices] == [
+        ("plain scans", "float32"),
+        ("directional scans", "float32"),
+        ("plain scans", "bfloat16"),
+    ]
+    assert all(name == "backend" and key[2].startswith("mamba-ssm ") for name, key, _ in choices)
+    # the first is the default
+    assert all(candidates == ("triton", "mamba_ssm") for *_, candidates in choices)
+    assert dispatch.fastest(["triton", "mamba_ssm"], "directional", torch.device("cpu")) == winner
+
+
+def test_the_choice_is_kept_on_disk_and_said(two_fast, make_scan, monkeypatch, tmp_path, caplog):
+    """By the real function, on a card that is made up."""
+    choose, card = tuning.choose, Card(monkeypatch, tmp_path)
+    two_fast()
+    monkeypatch.setattr(measured.tuning, "choose", lambda *arguments: choose(*arguments[:-1], torch.device("cuda", 0)))
+    card.times = {"triton": 3.0, "mamba_ssm": 2.0}
+    scan = make_scan(length=5).to(torch.float32).record()
+    card.capturing = True
+    assert dispatch.choose(scan).NAME == "triton"  # a default, and not kept
+    card.capturing = False
+    with caplog.at_level(logging.INFO, logger="nnunetv2_lightnets"):
+        assert dispatch.choose(scan).NAME == "mamba_ssm"
+    assert "backend: plain scans" in caplog.text and "from now on mamba_ssm" in caplog.text
+    card.times = {"triton": 1.0, "mamba_ssm": 2.0}
+    for _ in range(2):  # from memory, and as the next process
+        assert dispatch.choose(scan).NAME == "mamba_ssm"
+        card.forget()
+    assert dispatch.choose(probe.small_scan("directional", "cpu", 4, 12)).NAME == "triton"
+    ((place, entries),) = json.loads((tmp_path / tuning.FILE).read_text()).items()
+    assert place == "Card A"
+    assert entries == {
+        "backend: plain scans, float32, mamba-ssm of unknown version": {
+            "chosen": "mamba_ssm",
+            "milliseconds": {"triton": 3.0, "mamba_ssm": 2.0},
+        },
+        "backend: directional scans, float32, mamba-ssm of unknown version": {
+            "chosen": "triton",
+            "milliseconds": {"triton": 1.0, "mamba_ssm": 2.0},
+        },
+    }
+
+
+def test_the_key_is_one_for_all_shapes(two_fast, make_scan):
+    choices = two_fast()
+    for length, channels in ((5, 6), (70, 2)):
+        dispatch.choose(make_scan(length=length, channels=channels).to(torch.float32).record())
+    assert choices[0][1] == choices[1][1]
+
+
+def test_a_single_fast_backend_costs_no_measurement(two_fast, make_scan):
+    choices = two_fast("mamba_ssm", takes=lambda scan: scan.initial_state is not None and "an initial_state is given")
+    scan = make_scan(length=5, initial=True).to(torch.float32).record()
+    assert dispatch.choose(scan).NAME == "triton" and not choices
+    assert dispatch.choose(scan, "triton").NAME == "triton" and not choices
+    assert dispatch.choose(replace(scan, initial_state=None)).NAME == "mamba_ssm" and len(choices) == 1
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_measured_is_a_scan_of_the_call_s_kind(kind, dtype, monkeypatch):
+    monkeypatch.setattr(measured, "SIZES", {kind: (4, (3, 5))})
+    random = torch.get_rng_state()
+    scan = measured.scan_of_size(kind, dtype, torch.device("cpu"))
+    if dtype != torch.float64:  # whose parameters are in float64, too
+        scan.check()
+    assert torch.equal(random, torch.get_rng_state())
+    assert scan.u.dtype == dtype and scan.u.shape[1:] == (4, 15) and scan.u.stride(1) == 1
+    assert probe.kind_of(scan) == kind
+    if scan.order is not None:  # along rows and along columns
+        check_order(scan.order)
+        assert scan.order[:, :3].tolist() == [[0, 1, 2], [0, 5, 10]]
+
+
+def test_how_slow_the_slow_backend_is_here(monkeypatch):
+    times = []
+    monkeypatch.setattr(measured, "_median_seconds", lambda run, device: times.append(run()) or (0.5 / len(times)))
+    assert measured.slowdown(torch.device("cpu")) == 2  # the scan takes 0.5, the copy 0.25
+    monkeypatch.undo()
+    assert measured.slowdown(torch.device("cpu")) > 1
+
+    def broken(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(chunked, "forward", broken)
+    assert measured.slowdown(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("triton: no C compiler for Triton's driver: install gcc", "install gcc (apt install gcc"),
+        ("triton: no Python headers for Triton's driver", "apt install python3-dev"),
+        ("triton: Triton is not installed: it comes with torch", "torch for CUDA"),
+        ("triton: Tesla P100 has compute capability 6.0, and Triton needs 7.5", "a newer GPU, mamba-ssm"),
+        ("triton: torch is built for ROCm", "a network without a scan"),
+        ("triton: Triton is not installed: there is no official build for Windows", "WSL"),
+        ("triton: a kernel of a few lines fails", "needs a C compiler (gcc)"),
+    ],
+)
+def test_the_remedy_is_that_of_the_reason(reason, remedy, monkeypatch):
+    monkeypatch.setattr(slow, "slowdown", lambda device: 412.4)
+    what, found = slow.slow_scan(torch.device("cuda"), reason)
+    assert what.startswith("selective scan on cuda: backend 'torch', whose forward pass takes 412 times as long as ")
+    assert what.endswith(f"(measured here); {reason}") and "\n" not in what
+    assert remedy in found
+
+
+def test_a_warning_that_was_given_is_not_given_again(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(triton_scan, "unavailable", lambda: "Triton cannot be imported")
+    monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "it is not installed")
+    dispatch.announced(torch.device("cuda"), "torch")
+    with caplog.at_level(logging.INFO, logger="nnunetv2_lightnets"):
+        scan = types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda")))
+        dispatch.choose(scan, "reference")
+        dispatch.choose(scan)
+    assert [record.levelno for record in caplog.records] == [logging.INFO]  # the forced one
 
 
 # mamba-ssm: a stand-in for its compiled module, as mamba-ssm itself cannot be built without a GPU.
@@ -194,12 +400,15 @@ def fake_mamba(monkeypatch):
     def install(module):
         monkeypatch.setitem(sys.modules, "selective_scan_cuda", module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(triton_scan, "unavailable", lambda: "there is no GPU for it")
         monkeypatch.setattr(mamba_ssm, "DEVICE", "cpu")
-        mamba_ssm.unavailable.cache_clear()
+        mamba_ssm._kernel.forget()
         return mamba_ssm.unavailable()
 
     yield install
-    mamba_ssm.unavailable.cache_clear()
+    mamba_ssm._kernel.forget()
 
 
 @pytest.mark.parametrize("options", [{}, {"z": False, "D": False, "bias": False}, {"layout": "channels-last"}])
@@ -250,7 +459,7 @@ def test_mamba_ssm_saves_no_states(fake_mamba, make_scan):
 def test_mamba_ssm_leaves_initial_states_to_others(fake_mamba, make_scan, monkeypatch):
     """Its kernel has no such argument: the call goes on to the next backend."""
     fake_mamba(_scan_of_mamba([]))
-    monkeypatch.setitem(dispatch._PREFERRED, "cpu", ("mamba_ssm", "torch"))
+    monkeypatch.setitem(dispatch.FAST, "cpu", ("mamba_ssm",))
     scan = make_scan(length=5, initial=True).to(torch.float32).record()
     assert dispatch.choose(replace(scan, initial_state=None)).NAME == "mamba_ssm"
     assert dispatch.choose(scan).NAME == "torch"
@@ -283,7 +492,7 @@ def test_broken_builds_of_mamba_ssm_cost_only_that_backend(fake_mamba, make_scan
     del half.bwd
     reason = fake_mamba(crashing)
     assert "no kernel image" in reason and "\n" not in reason
-    assert "wrong results" in fake_mamba(lying)
+    assert "is wrong by" in fake_mamba(lying)
     assert "AttributeError" in fake_mamba(half)
     assert "cannot be imported" in fake_mamba(None)  # as Python blocks a module
     selective_scan(*make_scan(length=3).tensors)
@@ -295,6 +504,131 @@ def test_mamba_ssm_whose_import_raises_is_unavailable(fake_mamba, tmp_path, monk
     (tmp_path / "selective_scan_cuda.py").write_text("raise OSError('libcudart.so.11.0: cannot open shared object')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    mamba_ssm.unavailable.cache_clear()
+    mamba_ssm._kernel.forget()
     assert "libcudart" in mamba_ssm.unavailable()
-    mamba_ssm.unavailable.cache_clear()
+    mamba_ssm._kernel.forget()
+
+
+@pytest.mark.parametrize("way", ["fwd", "bwd"])
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_a_build_is_proved_forwards_and_backwards_for_both_kinds(kind, way, fake_mamba):
+    """Of which a directional scan is one with two groups, here."""
+    module = _scan_of_mamba([])
+    right = getattr(module, way)
+
+    def wrong(u, delta, A, B, *arguments):
+        *others, last = right(u, delta, A, B, *arguments)
+        return [*others, last * 1.01 if (B.shape[1] == 2) == (kind == "directional") else last]
+
+    setattr(module, way, wrong)
+    reason = fake_mamba(module)
+    assert reason.startswith(f"mamba-ssm's kernel: of a small {kind} scan, the ") and "is wrong by 0.01" in reason
+
+
+def test_a_build_is_proved_on_every_gpu(fake_mamba, monkeypatch):
+    """Once on each: a build may hold no code for one of two cards."""
+    calls = []
+    assert fake_mamba(_scan_of_mamba(calls)) is None
+    tried = len(calls)
+    assert mamba_ssm.unavailable() is None and len(calls) == tried
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(mamba_ssm.torch, "device", lambda *_: "cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "cannot be while a CUDA graph is recorded" in mamba_ssm.unavailable() and len(calls) == tried
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert mamba_ssm.unavailable() is None and len(calls) == 2 * tried
+
+
+def test_a_mamba_ssm_without_its_scan_is_named_with_the_remedy(fake_mamba, monkeypatch):
+    assert "mamba-ssm is not installed" in fake_mamba(None)
+    monkeypatch.setattr(mamba_ssm, "version", lambda package: "2.4.0")
+    reason = fake_mamba(None)
+    assert reason.startswith("mamba-ssm 2.4.0 is installed without its scan (there is no module selective_scan_cuda)")
+    assert "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation" in reason
+
+
+# Hugging Face's kernels: a stand-in for the package and for what it loads.
+
+
+@pytest.fixture
+def fake_hub(fake_mamba, monkeypatch):
+    """Installs a package called kernels, with CPU tensors standing for those of a GPU; gives what it was asked for."""
+    fake_mamba(None)
+    asked = []
+
+    def install(get_kernel):
+        def recorded(repository, **options):
+            asked.append((repository, options))
+            return get_kernel()
+
+        package = None if get_kernel is None else types.SimpleNamespace(get_kernel=recorded)
+        monkeypatch.setitem(sys.modules, "kernels", package)
+        hub._kernel.forget()
+        return asked
+
+    yield install
+    hub._kernel.forget()
+
+
+def _hub_module(calls):
+    module = _scan_of_mamba(calls)
+    operators = types.SimpleNamespace(selective_scan_fwd=module.fwd, selective_scan_bwd=module.bwd)
+    return types.SimpleNamespace(_ops=types.SimpleNamespace(ops=operators))
+
+
+def test_the_hub_is_only_asked_when_forced(fake_hub, make_scan, assert_close, monkeypatch):
+    calls = []
+    asked = fake_hub(lambda: _hub_module(calls))
+    scan = make_scan(length=70, groups=2).to(torch.float32)
+    assert available_backends()["hub"].startswith("not asked for; NNUNET_LIGHTNETS_SCAN_BACKEND=hub")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "hub")
+    assert available_backends()["hub"] == "it is forced, and looked for when a scan runs"
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    monkeypatch.setitem(dispatch.FAST, "cpu", ())
+    assert dispatch.choose(scan.record()).NAME == "torch"
+    assert not asked and not calls
+    wanted = scan.to(torch.float64).run("reference", grad_last_state=False)
+    assert_close(scan.run("hub", grad_last_state=False), wanted, 1e-5)
+    assert calls[-3:] == ["fwd", "fwd", "bwd"]
+    assert asked == [("kernels-community/mamba-ssm", {"version": 1})]
+
+
+def test_the_hub_is_refused_with_its_reason(fake_hub, make_scan):
+    def no_network():
+        raise ValueError(
+            "Kernel repository could not verify publisher trust status. Set trust_remote_code=True to load"
+        )
+
+    def wrong():
+        module = _hub_module([])
+        right = module._ops.ops.selective_scan_bwd
+        module._ops.ops.selective_scan_bwd = lambda *arguments: [1.01 * x for x in right(*arguments)]
+        return module
+
+    tensors = make_scan(length=3).to(torch.float32).tensors
+    for get_kernel, words in (
+        (None, "Hugging Face's package kernels is not installed; pip install kernels"),
+        (no_network, r"verify publisher trust status\). Its first use needs the network; .* HF_HUB_OFFLINE=1"),
+        (lambda: types.SimpleNamespace(), "kernel cannot be loaded .*_ops"),
+        (wrong, "kernels-community/mamba-ssm's kernel: of a small plain scan, the gradient of u is wrong by 0.01"),
+    ):
+        fake_hub(get_kernel)
+        with use_backend("hub"), pytest.raises(LightNetsError, match=words) as error:
+            selective_scan(*tensors)
+        assert "trust_remote_code" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_hub_without_network_is_refused(fake_hub, make_scan, monkeypatch, tmp_path):
+    """With the real package, where it is installed."""
+    kernels = pytest.importorskip("kernels")
+    hub_constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    fake_hub(None)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    with (
+        use_backend("hub"),
+        pytest.raises(LightNetsError, match=r"not available in the local cache.*needs the network"),
+    ):
+        selective_scan(*make_scan(length=3).to(torch.float32).tensors)

@@ -1,20 +1,30 @@
-"""Which backend computes a call: the fastest that can, or the one that the user forces."""
+"""Which backend computes a call: the fastest that can, or the one that the user forces.
+
+Where two fast ones can, on a GPU with both Triton and mamba-ssm, a measurement on that GPU decides once for plain and
+once for directional scans (see ``measured.py``). Until then, and where nothing can be measured, Triton comes first: its
+kernels take channels as neighbours in memory and read tokens where ``order`` says, while mamba-ssm's needs copies of
+both. That is a default and not a result.
+"""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
-from typing import Protocol, cast
+from typing import cast
 
-from torch import Tensor
+import torch
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.ops.selective_scan.record import Gradients, Scan
+from nnunetv2_lightnets.ops.selective_scan.backend import Backend
+from nnunetv2_lightnets.ops.selective_scan.measured import faster
+from nnunetv2_lightnets.ops.selective_scan.probe import kind_of
+from nnunetv2_lightnets.ops.selective_scan.record import Scan
+from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 from nnunetv2_lightnets.ops.tensors import in_one_line
 
 ENVIRONMENT_VARIABLE = "NNUNET_LIGHTNETS_SCAN_BACKEND"
@@ -27,46 +37,17 @@ _MODULES = {
     "native": "native",
     "torch": "chunked",
     "reference": "reference",
+    "hub": "hub",
 }
 NAMES = tuple(_MODULES)
-_PREFERRED = {"cuda": ("mamba_ssm", "triton", "torch"), "cpu": ("native", "torch")}
+# The fast backends of a device; what comes first among those that can is measured. Then "torch", wherever that is.
+FAST = {"cuda": ("triton", "mamba_ssm"), "cpu": ("native",)}
+ON_REQUEST = "hub"  # it downloads what it runs: only a call for which it is forced looks for it
 
 _forced: ContextVar[str] = ContextVar("nnunetv2_lightnets_scan_backend", default="")
 _announced: set[tuple[str, str]] = set()
+_NOTHING = nullcontext()
 _logger = logging.getLogger("nnunetv2_lightnets")
-
-
-class Backend(Protocol):
-    """What the module of a backend offers.
-
-    ``forward`` and ``backward`` get only scans that have passed :meth:`Scan.check`, whose ``order`` holds permutations,
-    and that the backend does not refuse. All results have the dtype and memory layout of ``torch.empty_like`` of the
-    tensor that they belong to (the output: of ``u``); the last state is dense, in the dtype of computation.
-    """
-
-    NAME: str
-
-    def unavailable(self) -> str | None:
-        """Why it cannot run on this machine, None if it can."""
-
-    def refuses(self, scan: Scan) -> str | None:
-        """Why it cannot take this call, None if it can."""
-
-    def forward(self, scan: Scan, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (B, D, L), last state (B, [K,] D, N), and what :meth:`backward` needs beside the scan.
-
-        The latter are the states (B, K, chunk, N, D) before all chunks, flat; or empty without ``save_states``, and
-        where a backend needs none.
-        """
-
-    def backward(self, scan: Scan, grads: tuple[Tensor, Tensor | None], states: Tensor) -> Gradients:
-        """Gradients of the scan's tensors.
-
-        Args:
-            scan: The scan.
-            grads: Gradients of the output, (B, D, L), and of the last state, (B, [K,] D, N).
-            states: What :meth:`forward` of the same backend has saved; empty if it was not told to.
-        """
 
 
 @cache
@@ -79,17 +60,35 @@ def _load(name: str) -> Backend | str:
 
 
 def _find(name: str) -> Backend | str:
-    """A backend that can run on this machine, or the reason why it cannot."""
+    """A backend that can run on this machine and its current GPU, or the reason why it cannot."""
     backend = _load(name)
     if isinstance(backend, str):
         return backend
     return backend.unavailable() or backend
 
 
-def available_backends() -> dict[str, str | None]:
-    """Every backend's name with None, or with the reason why it cannot run on this machine."""
-    found = {name: _find(name) for name in _MODULES}
+def _current(device: torch.device | None) -> AbstractContextManager[object]:
+    """Context in which a GPU is the current one; nothing is to be done for other devices."""
+    if device is None or device.type != "cuda" or device.index is None:
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+def available_backends(device: torch.device | None = None) -> dict[str, str | None]:
+    """Every backend's name with None, or with the reason why it cannot run here. Nothing is downloaded for that.
+
+    Args:
+        device: The GPU that is meant, where there are several; None for the current one.
+    """
+    with _current(device):
+        found = {name: _not_looked_for() if name == ON_REQUEST else _find(name) for name in _MODULES}
     return {name: backend if isinstance(backend, str) else None for name, backend in found.items()}
+
+
+def _not_looked_for() -> str:
+    if _forced_name() == ON_REQUEST:
+        return "it is forced, and looked for when a scan runs"
+    return f"not asked for; {ENVIRONMENT_VARIABLE}={ON_REQUEST} downloads it when a scan runs"
 
 
 def _check_name(name: str, source: str) -> None:
@@ -120,10 +119,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str:
     """The backend that :func:`use_backend` or the environment forces here, "" if none."""
-    name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    name = _forced_name()
     if name:
         _check_name(name, ENVIRONMENT_VARIABLE)
     return name
+
+
+def _forced_name() -> str:
+    return _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
 def choose(scan: Scan, forced: str = "") -> Backend:
@@ -137,35 +140,63 @@ def choose(scan: Scan, forced: str = "") -> Backend:
         LightNetsError: If the forced one cannot run here or refuses the call.
     """
     forced = forced or forced_backend()
-    device = scan.u.device.type
+    device = scan.u.device
     refusals: list[str] = []
-    for name in (forced,) if forced else _PREFERRED.get(device, ("torch",)):
+    with _current(device):
+        candidates = _accepting((forced,) if forced else FAST.get(device.type, ()), scan, refusals)
+        if not candidates and not forced:
+            candidates = _accepting(("torch",), scan, refusals)
+        if not candidates:
+            raise _refused(forced, device, refusals)
+        backend = candidates[0]
+        if len(candidates) > 1:
+            backend = faster(candidates, kind_of(scan), scan.u.dtype, device)
+        if (device.type, backend.NAME) not in _announced:
+            _announce(device, backend.NAME, forced, "; ".join(refusals))
+    return backend
+
+
+def _accepting(names: Sequence[str], scan: Scan, refusals: list[str]) -> list[Backend]:
+    """The backends that take a scan; why the others do not is added to ``refusals``."""
+    found = []
+    for name in names:
         backend = _find(name)
         if not isinstance(backend, str):
             backend = backend.refuses(scan) or backend
-        if not isinstance(backend, str):
-            if (device, name) not in _announced:
-                _announce(device, name, forced, "; ".join(refusals))
-            return backend
-        refusals.append(f"{name}: {backend}")
-    if forced:
-        reason = refusals[0].removeprefix(f"{forced}: ")
-        raise LightNetsError(
-            f"the forced scan backend {forced!r} cannot take this call: {reason}; "
-            f"force another, or none (use_backend, {ENVIRONMENT_VARIABLE})"
-        )
-    raise LightNetsError(f"no scan backend takes this call on {device}: {'; '.join(refusals)}")
+        if isinstance(backend, str):
+            refusals.append(f"{name}: {backend}")
+        else:
+            found.append(backend)
+    return found
 
 
-def _announce(device: str, name: str, forced: str, refusals: str) -> None:
+def _refused(forced: str, device: torch.device, refusals: list[str]) -> LightNetsError:
+    if not forced:
+        return LightNetsError(f"no scan backend takes this call on {device.type}: {'; '.join(refusals)}")
+    reason = refusals[0].removeprefix(f"{forced}: ")
+    return LightNetsError(
+        f"the forced scan backend {forced!r} cannot take this call: {reason}; "
+        f"force another, or none (use_backend, {ENVIRONMENT_VARIABLE})"
+    )
+
+
+def fastest(names: Sequence[str], kind: str, device: torch.device) -> str:
+    """Which of the fast backends that run on a device takes a kind of networks' scans; it may measure, as they do."""
+    backends = [cast(Backend, _load(name)) for name in names]
+    with _current(device):  # networks scan in float32, under autocast, too
+        return faster(backends, kind, torch.float32, device).NAME
+
+
+def announced(device: torch.device, name: str) -> None:
+    """Do not log that a backend scans on a device: the user has been told."""
+    _announced.add((device.type, name))
+
+
+def _announce(device: torch.device, name: str, forced: str, refusals: str) -> None:
     """Log a choice, once for each device and backend; a slow one on a GPU where everybody sees it."""
-    _announced.add((device, name))
-    if (device, name) == ("cuda", "torch") and not forced:
-        _logger.warning(
-            "selective scan on a GPU falls back to the slow backend 'torch' (%s). Triton comes with torch on Linux, "
-            "and needs a C compiler (gcc) the first time it runs; `nnUNetv2_lightnets doctor` checks what is there",
-            refusals,
-        )
+    announced(device, name)
+    if (device.type, name) == ("cuda", "torch") and not forced:
+        _logger.warning("%s. Remedy: %s; `nnUNetv2_lightnets doctor` checks it", *slow_scan(device, refusals))
     else:
         why = "forced" if forced else refusals or "the fastest for this device"
-        _logger.info("selective scan on %s: backend %r (%s)", device, name, why)
+        _logger.info("selective scan on %s: backend %r (%s)", device.type, name, why)
