@@ -28,8 +28,7 @@ from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_targets, make_trainer
 
-
-_NOBODY = contextlib.nullcontext()
+NOBODY = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int)
     return step_memory(trainer, setting.patch, batch_size)
 
 
-def memory_of(trainer: Any, watch: AbstractContextManager[object] = _NOBODY) -> TrainingMemory:
+def memory_of(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> TrainingMemory:
     """Memory of one step of a trainer of ours that is about to train; it is left as it is.
 
     Args:
@@ -81,7 +80,7 @@ def memory_of(trainer: Any, watch: AbstractContextManager[object] = _NOBODY) -> 
 
 
 def step_memory(
-    trainer: Any, patch: Sequence[int], batch_size: int, watch: AbstractContextManager[object] = _NOBODY
+    trainer: Any, patch: Sequence[int], batch_size: int, watch: AbstractContextManager[object] = NOBODY
 ) -> TrainingMemory:
     """Memory of one step of this trainer, which cannot be used afterwards.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunetv2_lightnets.files import last_line
-from nnunetv2_lightnets.nnunet.memory import memory_of
+from nnunetv2_lightnets.nnunet.memory import NOBODY, memory_of
 from nnunetv2_lightnets.ops import available_backends
 from nnunetv2_lightnets.ops.selective_scan.dispatch import (
     ENVIRONMENT_VARIABLE,
@@ -84,19 +85,23 @@ def show_warnings() -> None:
         logger.addHandler(_Terminal(logging.WARNING))
 
 
-def memory_notice(trainer: Any) -> str | None:
+def memory_notice(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> str | None:
     """A warning that a training step will not fit into the device's memory; None if it will, or if nobody knows.
 
     The step is counted and not run, see :mod:`nnunetv2_lightnets.nnunet.memory`; on CUDA under mixed precision.
+
+    Args:
+        trainer: About to train.
+        watch: Entered while the step is counted.
     """
     device: torch.device = trainer.device
     try:
+        mixed = torch.autocast("cpu", dtype=torch.float16, enabled=device.type == "cuda")
+        with torch.random.fork_rng(devices=[]), mixed:
+            needed = memory_of(trainer, watch).total
         available = device_memory(device)
         if available is None:
             return None
-        mixed = torch.autocast("cpu", dtype=torch.float16, enabled=device.type == "cuda")
-        with torch.random.fork_rng(devices=[]), mixed:
-            needed = memory_of(trainer).total
     except Exception as error:  # an estimate must not stop a training
         return f"the memory of a training step could not be estimated: {last_line(error)}"
     if needed <= available:

@@ -29,6 +29,7 @@ from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice, show_w
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
+from nnunetv2_lightnets.nnunet.warm_up import Calls, warm_up
 from nnunetv2_lightnets.ops.selective_scan.dispatch import announced
 
 # Under automatic mixed precision single steps may overflow: the gradient scaler skips them. A run of them is a fault.
@@ -188,8 +189,12 @@ class LightNetsTrainer(CheckpointTrainer):
             f"{parameters:,} parameters, torch {torch.__version__}"
         )
         self._name_scan_backend()
-        if self.local_rank == 0 and (notice := memory_notice(self)) is not None:
+        calls = Calls()
+        notice = memory_notice(self, calls)
+        if notice is not None and self.local_rank == 0:
             self.print_to_log_file(notice)
+        if self.device.type == "cuda" and len(calls):
+            warm_up(calls, self.device, self.print_to_log_file)  # which only the first process prints
 
     def _name_scan_backend(self) -> None:
         """Write into the log, once and from one process, what computes the network's scans."""

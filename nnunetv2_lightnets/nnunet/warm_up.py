@@ -26,7 +26,7 @@ _OPERATORS = ("selective_scan", "selective_scan_backward", "causal_conv1d", "cau
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the calls of our operators inside a ``with`` block: each that differs in shapes, strides or dtypes, once."""
+    """Records calls of our operators inside a ``with`` block, each that differs in shapes, strides or dtypes once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -57,7 +57,12 @@ class _Description:
         return f"{self.shape} {self.strides} {self.offset} {self.dtype}"
 
     def real(self, device: torch.device) -> Tensor:
-        """A tensor like the one described. One of integers is an order of tokens: each row a permutation."""
+        """A tensor like the one described.
+
+        One of integers is an order of tokens, each row a permutation, or the number of the backend, to be filled in.
+        """
+        if self.dtype == torch.uint8:
+            return torch.zeros((), dtype=torch.uint8)
         if self.dtype == torch.int32:
             return torch.arange(self.shape[-1], dtype=torch.int32, device=device).repeat(self.shape[0], 1)
         reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
@@ -79,13 +84,14 @@ def warm_up(calls: Calls, device: torch.device, say: Callable[[str], object]) ->
         try:
             with torch.no_grad():
                 _call(name, described, device)
-        except Exception as error:
+        except Exception as error:  # such as too little memory
             say(f"GPU kernels: {name} could not be prepared: {last_line(error)}")
         if time.perf_counter() - told > _SILENCE:
             told = time.perf_counter()
             say(f"GPU kernels: {i + 1} of {len(calls)} calls prepared")
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
     say(f"GPU kernels: ready after {time.perf_counter() - start:.0f} s")
 
 
@@ -93,9 +99,9 @@ def _call(name: str, described: Iterable[Any], device: torch.device) -> None:
     arguments = [x.real(device) if isinstance(x, _Description) else x for x in described]
     if name.startswith("selective_scan"):
         fields = arguments[:11] if name == "selective_scan" else arguments[2:13]
-        backend = choose(Scan(*fields)).NAME
+        backend = choose(Scan(*fields)).NAME  # type: ignore[arg-type]
         if backend not in FAST["cuda"]:
             return  # nothing of it is compiled
         if name == "selective_scan_backward":
-            arguments[-1] = torch.scalar_tensor(NAMES.index(backend), dtype=torch.uint8, device="cpu")
+            arguments[-1].fill_(NAMES.index(backend))
     getattr(torch.ops.nnunetv2_lightnets, name)(*arguments)

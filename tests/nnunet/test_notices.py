@@ -158,7 +158,7 @@ def test_the_log_names_the_backend_once(
     without_fast_scans(monkeypatch)
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities: None)
-    monkeypatch.setattr(trainer_module, "memory_notice", lambda trainer: None)
+    monkeypatch.setattr(trainer_module, "memory_notice", lambda *_: None)
     trainer = made(f"nnUNetTrainer{name}", [32, 32])
     said = _said(trainer)
     for start in starts:
@@ -171,6 +171,7 @@ def test_one_process_of_several_names_the_backend(
     monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+    monkeypatch.setattr(trainer_module, "warm_up", lambda *_: None)
     trainer = made("nnUNetTrainerLightMUNetT", [32, 32])
     said = _said(trainer)
     trainer.local_rank, trainer.device = 1, torch.device("cuda", 1)
@@ -247,7 +248,7 @@ def test_every_network_can_be_estimated_and_as_the_planner_does(network: str, ma
 
 
 def test_an_estimate_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
-    def fail(trainer: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("a page\nof words")
 
     monkeypatch.setattr(notices, "memory_of", fail)

@@ -54,6 +54,10 @@ FEW = [
     _case(1, 3, 65, 16, dtype="float32"),
     _case(1, 3, 9, 16, dtype="float16"),
     _case(2, 3, 9, 5, dtype="bfloat16", layout="slices"),
+    # Other tiles than the first, which tuning may take; B and C that lie in memory in different ways.
+    _case(1, 35, 70, 16, candidate=1, programs=1, dtype="float32"),
+    _case(1, 3, 130, 5, candidate=2, layout="tokens"),
+    _case(1, 4, 6, 3, groups=2, apart=True),
 ]
 MORE = [
     _case(2, channels, length, states, layout=layout, **flags)
@@ -92,6 +96,7 @@ def test_plain_scan_larger(interpreter: TritonProcess, case: dict[str, Any]) -> 
         _case(2, 3, 9, 3, initial=True, last_state=False),
         _case(1, 4, 9, 16, dtype="float32", directions=4),
         _case(1, 3, 6, 1, dtype="bfloat16"),
+        _case(1, 2, 66, 2, candidate=1, programs=2),
     ],
     ids=_name,
 )
@@ -153,6 +158,16 @@ def test_availability(interpreter: TritonProcess) -> None:
     assert "256 states" in wide and "300" in wide
     assert "int32" in integers
     assert "meta" in elsewhere
+
+
+@pytest.mark.parametrize("kind", ["plain", "directional"])
+def test_the_probe_believes_right_kernels_and_no_others(interpreter: TritonProcess, kind: str) -> None:
+    found = interpreter("probe_faults", kind=kind)
+    assert found["right"] is None
+    assert found["wrong output"].endswith("the output is wrong by 1 of its largest value")
+    assert "the gradient of C is wrong by" in found["wrong gradient"]
+    assert "the gradient of A is wrong by nan" in found["not a number"]
+    assert found["failing"] == f"a small {kind} scan fails (ValueError: ptxas fatal)"
 
 
 def test_named_backend_serves_the_public_function(interpreter: TritonProcess) -> None:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from nnunetv2_lightnets.ops import triton_runtime
-from nnunetv2_lightnets.ops.selective_scan import reference, triton_scan
+from nnunetv2_lightnets.ops.selective_scan import probe, reference, triton_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 
 torch.set_num_threads(1)
 TABLES = {"forward": triton_scan.FORWARD, "backward": triton_scan.BACKWARD}
+SMALL_SCAN = probe.small_scan
 GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial_state")
 
 
@@ -57,13 +58,16 @@ def plain_scan(
     bias: bool = True,
     softplus: bool = True,
     initial: bool = False,
+    apart: bool = False,
     device: str = "cpu",
 ) -> Scan:
-    """A random plain scan."""
+    """A random plain scan; ``apart``: B and C have other strides than each other."""
     kind = getattr(torch, dtype)
     compute = torch.float64 if kind == torch.float64 else torch.float32
     u, delta, gate = (_tokens((batch, channels, length), kind, layout, device) for _ in range(3))
     B, C = (_tokens((batch, groups, states, length), kind, layout, device) for _ in range(2))
+    if apart:
+        C = C.contiguous()
     A = -2 * torch.rand(channels, states, dtype=compute, device=device)
     skip, delta_bias = torch.randn(2, channels, dtype=compute, device=device)
     if not softplus:
@@ -250,6 +254,40 @@ def public_error() -> float:
             gradients = torch.autograd.grad(out.sin().sum() + last.cos().sum(), leaves)
         results.append((out, last, *gradients))
     return max(_error(found, wanted) for found, wanted in zip(*results, strict=True))
+
+
+def probe_faults(kind: str) -> dict[str, str | None]:
+    """What the probe says of kernels that are right, and of some that are made wrong."""
+    probe.small_scan = lambda *x: SMALL_SCAN(*x, channels=3, length=66)
+    _settings(16, 32)
+
+    def gradients(change: Callable[[list[Tensor | None]], None]) -> Callable[..., Any]:
+        def changed(*arguments: Any) -> Any:
+            found = list(triton_scan.backward(*arguments))
+            change(found)
+            return tuple(found)
+
+        return changed
+
+    def nan(found: list[Any]) -> None:
+        found[2][..., 0, 0] = float("nan")
+
+    def failing(*arguments: Any) -> Any:
+        raise ValueError("ptxas fatal\nmore")
+
+    def double(scan: Scan, save_states: bool) -> Any:
+        out, *others = triton_scan.forward(scan, save_states)
+        return (2 * out, *others)
+
+    right = (triton_scan.forward, triton_scan.backward)
+    cases = {
+        "right": right,
+        "wrong output": (double, right[1]),
+        "wrong gradient": (right[0], gradients(lambda found: found[4].mul_(1.001))),  # type: ignore[union-attr]
+        "not a number": (right[0], gradients(nan)),
+        "failing": (right[0], failing),
+    }
+    return {name: probe.fault("triton", kind, *compute, torch.device("cpu")) for name, compute in cases.items()}
 
 
 def availability() -> dict[str, Any]:

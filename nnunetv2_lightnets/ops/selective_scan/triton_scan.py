@@ -245,7 +245,7 @@ class _Prepared:
             "enable_fp_fusion": True,  # multiply-adds; later versions of Triton will want to be told
         }
         if not self.published:
-            # Left alone, the assembler spills a few bytes where it then finds room for another warp.
+            # Left alone, the assembler may spill a few bytes where it then finds room for another warp.
             constants["maxnreg"] = _MAX_REGISTERS
         return constants
 
@@ -436,6 +436,7 @@ def _backward(scan: _Prepared, tiles: Tiles, grads: tuple[Tensor, Tensor | None]
         **_strides("dz", written["dz"], "batch d l"),
         "parts": plan.parts,
     }
+    arguments["maxnreg"] = _MAX_REGISTERS
     if not scan.published and scan.states > 2:
         arguments["num_warps"] = 4  # one would not have the registers
     runtime.launch(kernels.backward_kernel, programs, arguments)
