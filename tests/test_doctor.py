@@ -118,8 +118,8 @@ def test_a_slow_scan(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     backends = {"mamba_ssm": "not installed", "triton": "no C compiler", "native": native, "torch": None}
-    for module in ("nnunetv2_lightnets.ops", "nnunetv2_lightnets.nnunet.notices"):
-        monkeypatch.setattr(f"{module}.available_backends", lambda device=None: backends)
+    monkeypatch.setattr("nnunetv2_lightnets.ops.available_backends", lambda: backends)
+    monkeypatch.setattr("nnunetv2_lightnets.nnunet.notices.refusal", lambda name, *_: backends[name])
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     lines = [line for finding in doctor.scan_backends() for line in str(finding).splitlines()]
     assert "[ -- ] scan backend mamba_ssm      not here: not installed" in lines
@@ -130,7 +130,7 @@ def test_a_slow_scan(
     if mark is not None:
         assert slow[0].startswith(f"[{mark}] scan on this {'GPU' if cuda else 'CPU'}")
     if cuda:  # the text of a training's log
-        what, remedy = slow_scan(torch.device("cuda"), "mamba_ssm: not installed; triton: no C compiler")
+        what, remedy = slow_scan(torch.device("cuda"), "triton: no C compiler; mamba_ssm: not installed")
         assert slow[0].endswith(what) and f"       -> {remedy}" in lines and "install gcc" in remedy
 
 
@@ -152,7 +152,7 @@ def test_the_installed_mamba_ssm(
     cuda: bool, module: bool, reason: str | None, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    monkeypatch.setattr("nnunetv2_lightnets.nnunet.notices.available_backends", lambda device: {"triton": None})
+    monkeypatch.setattr("nnunetv2_lightnets.nnunet.notices.refusal", lambda name, *_: name != "triton" or None)
     monkeypatch.setattr("nnunetv2_lightnets.ops.available_backends", lambda: {"mamba_ssm": reason})
     assert not any(finding.what == "mamba-ssm" for finding in doctor.scan_backends())  # it is not installed
     monkeypatch.setattr(mamba_ssm, "version", lambda package: "2.4.0")

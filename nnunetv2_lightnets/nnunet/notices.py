@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from nnunetv2_lightnets.files import last_line
 from nnunetv2_lightnets.nnunet.memory import NOBODY, memory_of
-from nnunetv2_lightnets.ops import available_backends
 from nnunetv2_lightnets.ops.selective_scan.dispatch import (
     ENVIRONMENT_VARIABLE,
     FAST,
@@ -23,6 +22,7 @@ from nnunetv2_lightnets.ops.selective_scan.dispatch import (
     announced,
     fastest,
     forced_backend,
+    refusal,
 )
 from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 
@@ -42,10 +42,10 @@ def scan_backend(device: torch.device, kind: str = "plain") -> tuple[str, tuple[
     if forced:
         what = f"selective scan on {device.type}: backend {forced!r}, which is slow; it is forced"
         return forced, (what, f"unset {ENVIRONMENT_VARIABLE}")
-    backends = available_backends(device)
-    if found := [name for name in fast if name in backends and backends[name] is None]:
+    reasons = {name: refusal(name, kind, device) for name in fast}
+    if found := [name for name in fast if reasons[name] is None]:
         return fastest(found, kind, device), None
-    refusals = "; ".join(f"{name}: {backends[name]}" for name in backends if name in fast)
+    refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return "torch", slow_scan(device, refusals or f"there is no faster one for {device.type}")
 
 

@@ -62,7 +62,8 @@ def choose(
     if found not in by_name:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed while a graph is recorded
             return candidates[0]
-        times = _measure(candidates, run)
+        with torch.cuda.device(device):
+            times = _measure(candidates, run)
         if len(times) < 2:  # too little memory, say: it may be otherwise the next time
             return by_name[next(iter(times))] if times else candidates[0]
         found = min(times, key=times.__getitem__)

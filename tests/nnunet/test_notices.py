@@ -51,7 +51,7 @@ def made() -> Iterator[Callable[..., Any]]:
 
 def without_fast_scans(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"mamba_ssm": "not installed", "triton": "no compiler", "native": "no kernel", "torch": None}
-    monkeypatch.setattr(notices, "available_backends", lambda device: reasons)
+    monkeypatch.setattr(notices, "refusal", lambda name, kind, device: reasons[name])
     monkeypatch.setattr(slow, "slowdown", lambda device: 1234.5)
 
 
@@ -62,7 +62,7 @@ def _nothing_announced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("device", "reason"),
-    [("cuda", "mamba_ssm: not installed; triton: no compiler"), ("cpu", "native: no kernel"), ("mps", "no faster one")],
+    [("cuda", "triton: no compiler; mamba_ssm: not installed"), ("cpu", "native: no kernel"), ("mps", "no faster one")],
 )
 def test_the_slow_scan_is_a_warning_with_its_reason(
     device: str, reason: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
@@ -93,7 +93,7 @@ def test_a_measurement_that_fails_stops_no_warning(
 @pytest.mark.parametrize("name", ["LightMUNetT", "UMambaBot", "SwinUMambaDScratch"])
 def test_the_fast_scan_is_named(name: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
     backends = {"mamba_ssm": "none", "triton": None, "native": None}
-    monkeypatch.setattr(notices, "available_backends", lambda device: backends)
+    monkeypatch.setattr(notices, "refusal", lambda name, kind, device: backends[name])
     devices = [torch.device(name) for name in ("cuda", "cpu")]
     assert [scan_backend(device) for device in devices] == [("triton", None), ("native", None)]
     network = made(f"nnUNetTrainer{name}", [32, 32]).network
@@ -112,7 +112,7 @@ def test_a_forced_fast_backend_is_named_and_not_looked_for(
     name: str, monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
 ) -> None:
     monkeypatch.setenv("NNUNET_LIGHTNETS_SCAN_BACKEND", name)
-    monkeypatch.setattr(notices, "available_backends", None)
+    monkeypatch.setattr(notices, "refusal", None)
     notice = scan_notice(made("nnUNetTrainerLightMUNetT", [16, 16]).network, torch.device("cuda"))
     assert notice == f"selective scan on cuda: backend {name!r} (forced)"
 
@@ -131,7 +131,7 @@ def test_the_measured_backend_of_the_networks_kind_is_named(
         asked.append(kind)
         return {"plain": "mamba_ssm", "directional": "triton"}[kind]
 
-    monkeypatch.setattr(notices, "available_backends", lambda device: {"mamba_ssm": None, "triton": None})
+    monkeypatch.setattr(notices, "refusal", lambda name, kind, device: None)
     monkeypatch.setattr(notices, "fastest", fastest)
     network = made(f"nnUNetTrainer{trainer}", [32, 32]).network
     assert scan_notice(network, torch.device("cuda")) == f"selective scan on cuda: {said}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Card:
         monkeypatch.setattr(tuning, "_place", lambda device: self.name)
         monkeypatch.setattr(tuning, "_milliseconds", self.milliseconds)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
     def milliseconds(self, candidate: str, run: Callable[[str], object]) -> float:
         run(candidate)

@@ -22,7 +22,7 @@ import torch
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops.selective_scan.backend import Backend
 from nnunetv2_lightnets.ops.selective_scan.measured import faster
-from nnunetv2_lightnets.ops.selective_scan.probe import kind_of
+from nnunetv2_lightnets.ops.selective_scan.probe import kind_of, small_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 from nnunetv2_lightnets.ops.tensors import in_one_line
@@ -178,6 +178,13 @@ def _refused(forced: str, device: torch.device, refusals: list[str]) -> LightNet
         f"the forced scan backend {forced!r} cannot take this call: {reason}; "
         f"force another, or none (use_backend, {ENVIRONMENT_VARIABLE})"
     )
+
+
+def refusal(name: str, kind: str, device: torch.device) -> str | None:
+    """Why a backend does not take networks' scans of a kind on a device, None if it does."""
+    with _current(device):
+        backend = _find(name)
+        return backend if isinstance(backend, str) else backend.refuses(small_scan(kind, device))
 
 
 def fastest(names: Sequence[str], kind: str, device: torch.device) -> str:
