@@ -7,6 +7,7 @@ import it, too: hence the process. A request names a function below and its argu
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -280,7 +281,7 @@ def availability() -> dict[str, Any]:
 
 
 def resources(
-    kind: str, capabilities: list[int], multiprocessors: int = 108, backward: bool = True, **case: Any
+    kind: str, capabilities: list[int], candidate: int = 0, multiprocessors: int = 108, backward: bool = True, **case: Any
 ) -> list[dict[str, Any]]:
     """Compile every kernel that a scan of this shape launches; return what each one uses on each GPU.
 
@@ -291,10 +292,11 @@ def resources(
     triton_runtime.launch = lambda kernel, programs, arguments: launches.append((kernel, arguments))
     triton_runtime.multiprocessors = lambda device: multiprocessors
     scan = plain_scan(**case, device="meta") if kind == "plain" else _meta_directional(**case)
-    out, last, states = triton_scan.forward(scan, True)
+    tiles = TABLES["forward"][candidate], TABLES["backward"][candidate]
+    out, last, states = triton_scan.forward(scan, True, tiles[0])
     if backward:
-        triton_scan.backward(scan, (out, last if kind == "plain" else None), states)
-    return [_compile(*launch, capability) for capability in capabilities for launch in _once(launches)]
+        triton_scan.backward(scan, (out, last if kind == "plain" else None), states, tiles[1])
+    return compiled(_once(launches), capabilities)
 
 
 def _meta_directional(**case: Any) -> Scan:
@@ -339,7 +341,19 @@ def _signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
     return signature, constants, attributes
 
 
-def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[str, Any]:
+_jobs: list[tuple[Any, dict[str, Any], int]] = []
+
+
+def compiled(launches: list[tuple[Any, dict[str, Any]]], capabilities: list[int]) -> list[dict[str, Any]]:
+    """What kernels use on each GPU; compiled by as many processes as there are cores."""
+    _jobs[:] = [(*launch, capability) for capability in capabilities for launch in launches]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        return pool.map(_compile_job, range(len(_jobs)), chunksize=1)
+
+
+def _compile_job(job: int) -> dict[str, Any]:
+    """The job of this number: kernels and tensors without memory reach other processes by forking alone."""
+    kernel, arguments, capability = _jobs[job]
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -349,13 +363,14 @@ def _compile(kernel: Any, arguments: dict[str, Any], capability: int) -> dict[st
     options = {name: arguments[name] for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in arguments}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = Path(f"{kernel.__name__}.cubin")  # in the worker's own folder
+    cubin = Path(f"{job}.cubin")  # in the worker's own folder
     cubin.write_bytes(compiled.asm["cubin"])
     printed = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
     assert used, printed
     return {
         "kernel": kernel.__name__,
+        "triton": triton.__version__,
         "capability": capability,
         "registers": int(used[1]),
         "stack": int(used[2]) + int(used[3]),

@@ -90,7 +90,7 @@ class Tiles:
 
 # Candidates, the first of which is taken where nothing is measured. Backwards, gradients need several tiles at once.
 FORWARD = (Tiles(512, 12, 4), Tiles(1024, 8, 0), Tiles(256, 16, 4))
-BACKWARD = (Tiles(256, 8, 0), Tiles(128, 12, 4), Tiles(256, 8, 4))
+BACKWARD = (Tiles(256, 8, 0), Tiles(128, 12, 4), Tiles(256, 16, 0))
 
 
 @dataclass(frozen=True)
