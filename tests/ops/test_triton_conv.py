@@ -1,9 +1,8 @@
-"""The causal convolution's Triton kernels without a GPU: values in Triton's interpreter, and compilation for several."""
+"""The causal convolution's Triton kernels without a GPU: values in the interpreter, and compilation for several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
