@@ -101,8 +101,8 @@ class TokenGroupNorm(nn.Module):
         On a CPU, those of channels are merged from those of blocks.
         """
         if not _is_cpu_code(tokens):
-            channels = torch.var_mean(at_least_float32(tokens), 1, correction=0)
-            var, mean = (x.unflatten(1, (NORM_GROUPS, -1)) for x in channels)  # (B, G, C / G)
+            of_channels = torch.var_mean(at_least_float32(tokens), 1, correction=0)
+            var, mean = (x.reshape(tokens.shape[0], NORM_GROUPS, -1) for x in of_channels)  # (B, G, C / G)
             group_mean = mean.mean(2, keepdim=True)
             group_var = (var + (mean - group_mean).square()).mean(2)
             return group_mean.squeeze(2), torch.rsqrt(group_var + self.eps)

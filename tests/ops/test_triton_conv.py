@@ -98,10 +98,10 @@ def test_forcing_another_backend_launches_nothing(interpreter: TritonProcess, ba
     ("spoil", "reason"),
     [
         ("nothing", None),
-        ("output", "its output of a small call is wrong"),
-        ("dx", "its dx of a small call is wrong"),
-        ("dweight", "its dweight of a small call is wrong"),
-        ("dbias", "its dbias of a small call is wrong"),
+        ("output", "of a small call, its output is wrong"),
+        ("dx", "of a small call, its dx is wrong"),
+        ("dweight", "of a small call, its dweight is wrong"),
+        ("dbias", "of a small call, its dbias is wrong"),
         ("error", "it fails on a small call (RuntimeError: no kernel image is available)"),
     ],
 )
