@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
-from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
+from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream, at_least_float32, full_precision
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
 
@@ -65,11 +65,12 @@ def computes_in_blocks(tokens: Tensor) -> bool:
 
 
 class TokenGroupNorm(nn.Module):
-    """Group norm over tokens (B, L, C), followed by ReLU.
+    """Group norm over tokens (B, L, C), followed by ReLU, in float32 at least, which is its result under autocast.
 
-    On a CPU, torch's own either copies tokens to channels-first and back or, given a channels-last view, adds up so
-    many squares in a row that its result is off by 6e-5 at 64^3 voxels, and by 2e-3 if their mean is 10. There the
-    moments are taken here, and torch computes the gradient alone.
+    Torch's own copies tokens to channels-first and back or, given a channels-last view on a CPU, adds up so many
+    squares in a row that its result is off by 6e-5 at 64^3 voxels, and by 2e-3 if their mean is 10. Here tokens are
+    read as they lie. Compiled code reads them twice and writes once forwards; it reads tokens and gradient twice and
+    writes once backwards, but for ReLU's mask. Without a compiler there are more passes: see :class:`_GroupNorm`.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -86,12 +87,7 @@ class TokenGroupNorm(nn.Module):
             for block in token_blocks(tokens, tokens.shape[2]):
                 out[:, block] = activate(tokens[:, block])
             return out
-        if tokens.device.type == "cpu" and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling():
-            normalised = _GroupNorm.apply(tokens, self.weight, self.bias, *self.moments(tokens))
-        else:
-            normalised = F.group_norm(tokens.transpose(1, 2), NORM_GROUPS, self.weight, self.bias, self.eps)
-            normalised = normalised.transpose(1, 2)
-        return F.relu_(normalised)
+        return F.relu_(_GroupNorm.apply(tokens, self.weight, self.bias, *self.moments(tokens)))
 
     def with_moments_of(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """The same function for parts of ``tokens`` (B, L', C), without gradients."""
@@ -100,7 +96,16 @@ class TokenGroupNorm(nn.Module):
 
     @torch.no_grad()
     def moments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal standard deviation (B, G), merged from those of blocks (Chan et al., 1983)."""
+        """Mean and reciprocal standard deviation (B, G), merged from those of channels (Chan et al., 1983).
+
+        On a CPU, those of channels are merged from those of blocks.
+        """
+        if not _is_cpu_code(tokens):
+            of_channels = torch.var_mean(at_least_float32(tokens), 1, correction=0)
+            var, mean = (x.reshape(tokens.shape[0], NORM_GROUPS, -1) for x in of_channels)  # (B, G, C / G)
+            group_mean = mean.mean(2, keepdim=True)
+            group_var = (var + (mean - group_mean).square()).mean(2)
+            return group_mean.squeeze(2), torch.rsqrt(group_var + self.eps)
         means, variances, shares = [], [], []
         for block in token_blocks(tokens, tokens.shape[2]):
             x = tokens[:, block]
@@ -116,33 +121,69 @@ class TokenGroupNorm(nn.Module):
         return mean.flatten(1), torch.rsqrt(var + self.eps)
 
 
+def per_channel(x: Tensor, channels: int) -> Tensor:
+    """(B, 1, C) from what groups have, (B, G)."""
+    return x.repeat_interleave(channels // NORM_GROUPS, 1).unsqueeze(1)
+
+
 def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Group norm as ``x * scale + shift``: both (B, 1, C) from the moments (B, G) and the parameters (C,)."""
-    channels_per_group = weight.shape[0] // NORM_GROUPS
-    scale = rstd.repeat_interleave(channels_per_group, 1) * weight
-    shift = bias - mean.repeat_interleave(channels_per_group, 1) * scale
-    return scale.unsqueeze(1), shift.unsqueeze(1)
+    scale = per_channel(rstd, weight.shape[0]) * weight
+    return scale, bias - per_channel(mean, weight.shape[0]) * scale
+
+
+def _is_cpu_code(tokens: Tensor) -> bool:
+    """Whether torch's own kernels for CPUs run, which are few and well threaded, instead of a compiler's or a GPU's."""
+    return tokens.device.type == "cpu" and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling()
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Group norm of tokens (B, L, C) with given moments, which take part in the gradient."""
+    """Group norm of tokens (B, L, C) with given moments, which take part in the gradient.
+
+    Without a compiler, passes over memory are one read and one write forwards; backwards, eight reads and four writes,
+    but for torch's kernel on CPUs. Moments and ReLU come on top.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, weight, mean, rstd)
-        scale, shift = scale_and_shift(mean, rstd, weight, bias)
-        return torch.addcmul(shift, tokens, scale)
+        to_float32 = torch.is_autocast_enabled(tokens.device.type)
+        with full_precision(tokens):  # autocast would copy tokens to float32 first
+            scale, shift = scale_and_shift(mean, rstd, weight, bias)
+            normalised = torch.addcmul(shift, tokens, scale)
+        return normalised if to_float32 else normalised.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight, mean, rstd = ctx.saved_tensors
-        batch, length, channels = tokens.shape
-        grads = torch.ops.aten.native_group_norm_backward(
-            grad.transpose(1, 2).unsqueeze(-1),  # (B, C, L, 1), channels-last
-            tokens.transpose(1, 2).unsqueeze(-1),
-            *(mean, rstd, weight, batch, channels, length, NORM_GROUPS, list(ctx.needs_input_grad[:3])),
-        )
-        return (None if grads[0] is None else grads[0].squeeze(-1).transpose(1, 2), grads[1], grads[2], None, None)
+        if _is_cpu_code(tokens):
+            batch, length, channels = tokens.shape
+            grads = torch.ops.aten.native_group_norm_backward(
+                grad.transpose(1, 2).unsqueeze(-1),  # (B, C, L, 1), channels-last
+                tokens.transpose(1, 2).unsqueeze(-1),
+                *(mean, rstd, weight, batch, channels, length, NORM_GROUPS, list(ctx.needs_input_grad[:3])),
+            )
+            return (None if grads[0] is None else grads[0].squeeze(-1).transpose(1, 2), grads[1], grads[2], None, None)
+        with full_precision(tokens):
+            return *_group_norm_gradients(grad, tokens, weight, mean, rstd), None, None
+
+
+def _group_norm_gradients(
+    grad: Tensor, tokens: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens (B, L, C), weight and bias (C,).
+
+    With x = (tokens - mean) rstd and g = weight grad, that of tokens is rstd (g - mean(g) - x mean(g x)), where the
+    means are over the tokens and channels of a group.
+    """
+    grad, channels = at_least_float32(grad), weight.shape[0]
+    normalised = torch.addcmul(per_channel(-mean * rstd, channels), tokens, per_channel(rstd, channels))
+    sums = grad.sum(1), (grad * normalised).sum(1)  # (B, C)
+    grouped = (tokens.shape[0], NORM_GROUPS, -1)
+    mean_g, mean_gx = ((x * weight).reshape(grouped).mean(2) / tokens.shape[1] for x in sums)  # (B, G)
+    offset, slope = (per_channel(-x * rstd, channels) for x in (mean_g, mean_gx))
+    dtokens = torch.addcmul(offset, normalised, slope).addcmul_(grad, per_channel(rstd, channels) * weight)
+    return dtokens.to(tokens.dtype), sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(weight.dtype)
 
 
 class MambaLayer(nn.Module):

@@ -64,8 +64,8 @@ class Mamba(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
         if not self.has_scan:
-            u, z = (_at_least_float32(x) for x in self.convolved(tokens))
-            return self.project_out(_at_least_float32(self.D) * u * F.silu(z))
+            u, z = (at_least_float32(x) for x in self.convolved(tokens))
+            return self.project_out(at_least_float32(self.D) * u * F.silu(z))
         return self.project_out(self.scan(*self.scan_inputs(tokens))[0])
 
     def convolved(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +84,8 @@ class Mamba(nn.Module):
         self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, initial_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gated output (B, L, D) and last state (B, D, N) of the selective scan, at least in float32."""
-        u, delta, b, c, z = (_at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
-        D, bias = _at_least_float32(self.D), _at_least_float32(self.dt_proj.bias)
+        u, delta, b, c, z = (at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
+        D, bias = at_least_float32(self.D), at_least_float32(self.dt_proj.bias)
         y, state = selective_scan(
             *(u, delta, self.A, b, c, D, z, bias),
             delta_softplus=True,
@@ -97,11 +97,11 @@ class Mamba(nn.Module):
     @property
     def A(self) -> Tensor:
         """State matrix (D, N): its diagonals, negative, at least in float32."""
-        return -torch.exp(_at_least_float32(self.A_log))
+        return -torch.exp(at_least_float32(self.A_log))
 
     def project_out(self, y: Tensor) -> Tensor:
         """Map the scan's output (B, L, D) to tokens (B, L, C), without autocast."""
-        with _full_precision(y):
+        with full_precision(y):
             return F.linear(y.to(self.out_proj.weight.dtype), self.out_proj.weight)
 
 
@@ -132,11 +132,12 @@ class MambaStream:
         return self.mamba.project_out(y)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` itself, or in float32 if it is in half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Context without autocast; nothing at all where autocast is off, so that exported graphs stay plain."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

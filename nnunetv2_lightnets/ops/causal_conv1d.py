@@ -1,11 +1,13 @@
 """Depthwise causal convolution along a sequence, with SiLU, as in front of Mamba's selective scan.
 
-One operator of torch, as the scan is (see ``selective_scan/operator.py``), with two kernels: on CPUs the one in C
-(``causal_conv1d_native.py``), where it takes the call; else shifted multiply-adds, which keep channels-last memory as
-it is where torch's own convolution would transpose it, and save nothing for the backward pass but the input. On CUDA
-devices the package causal-conv1d takes its place where a small call to it gives correct results.
+One operator of torch, as the scan is (see ``selective_scan/operator.py``), which saves nothing for the backward pass
+but the input. It is computed by a kernel in C on CPUs (``causal_conv1d_native.py``) and in Triton on CUDA devices
+(``causal_conv1d_triton.py``), where these take the call, else by torch (``causal_conv1d_torch.py``). On CUDA devices
+the package causal-conv1d, where it is installed and gives correct results, takes the operator's place if it is the
+faster one; not in compiled code, for which it is no single node.
 
-Forcing the scan backend "torch" or "reference" forces the shifted multiply-adds here.
+Forcing the scan backend "torch" or "reference" forces torch's operations here, "triton" the Triton kernel and
+"mamba_ssm" the package, where they take the call.
 
 Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, figure 3.
 """
@@ -14,17 +16,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from types import ModuleType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops import causal_conv1d_native as native
+from nnunetv2_lightnets.ops import causal_conv1d_torch as by_torch
+from nnunetv2_lightnets.ops import causal_conv1d_triton as by_triton
+from nnunetv2_lightnets.ops import tuning
 from nnunetv2_lightnets.ops.library import define, define_backward
-from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend, use_backend
 from nnunetv2_lightnets.ops.tensors import compute_dtype, in_layout_of, in_one_line
 
 
@@ -49,10 +55,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     if activation not in (None, "silu"):
         raise LightNetsError(f"causal_conv1d: activation is {activation!r}; it must be None or 'silu'")
     _check(x, weight, bias)
-    if x.is_cuda and not torch.compiler.is_compiling() and _package_takes(x, weight):
-        dtype = compute_dtype(x)
-        return _package()(x, weight.to(dtype), None if bias is None else bias.to(dtype), activation=activation)
-    return cast(Tensor, torch.ops.nnunetv2_lightnets.causal_conv1d(x, weight, bias, activation is not None))
+    eager = x.is_cuda and not torch.compiler.is_compiling()
+    by_package = eager and _package_takes(x, weight) and _package_first(x, weight, bias, activation)
+    return (_by_package if by_package else _by_operator)(x, weight, bias, activation)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -64,6 +69,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise LightNetsError(f"causal_conv1d: bias has shape {tuple(bias.shape)}, expected ({x.shape[1]},)")
 
 
+PACKAGE = "causal-conv1d"
 PACKAGE_DEVICE = "cuda"
 
 
@@ -95,8 +101,8 @@ def _probe() -> str | None:
         out = _package()(x, weight, bias, activation="silu")
         (dweight,) = torch.autograd.grad(out, weight, torch.ones_like(out))
     with torch.no_grad():
-        expected = _forward(x, weight, bias, True)
-        expected_dweight = _backward(torch.ones_like(out), x, weight, bias, True)[1]
+        expected = by_torch.forward(x, weight, bias, True)
+        expected_dweight = by_torch.backward(torch.ones_like(out), x, weight, bias, True)[1]
     if torch.allclose(out, expected, atol=1e-3) and torch.allclose(dweight, expected_dweight, atol=1e-3):
         return None
     return "it gives wrong results for a small call"
@@ -114,42 +120,49 @@ def _package_takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Shifted multiply-adds, in the compute dtype."""
-    dtype = compute_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    out = x * weight[:, -1:]
-    if bias is not None:
-        out += bias.to(dtype)[:, None]
-    for shift in range(1, min(weight.shape[1], x.shape[2])):
-        out[:, :, shift:].addcmul_(x[:, :, :-shift], weight[:, -1 - shift, None])
-    return F.silu(out, inplace=True) if silu else out
+def _package_first(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+    """Whether the package, which takes the call, is to be preferred to the operator: measured where both can."""
+    forced = forced_backend()
+    if forced == "mamba_ssm" or not by_triton.takes(x, weight):
+        return True
+    if forced == "triton":
+        return False
+    gradients = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
+
+    def run(name: str) -> None:
+        function = _by_package if name == PACKAGE else _by_operator
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            leaves = [y.detach().requires_grad_(gradients) for y in (x, weight, bias) if y is not None]
+            out = function(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, activation)
+            if gradients:
+                torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    key = (*by_triton.kind(x, weight, activation is not None), "gradients" if gradients else "no gradients")
+    return tuning.choose("causal convolution", key, ("triton", PACKAGE), run, x.device) == PACKAGE
 
 
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, in the compute dtype; the value before SiLU is computed again."""
+def _by_package(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     dtype = compute_dtype(x)
-    grad, x, weight = grad.to(dtype), x.to(dtype), weight.to(dtype)
-    if silu:
-        before = _forward(x, weight, bias, silu=False)
-        sigmoid = torch.sigmoid(before)
-        grad = grad * sigmoid * (1 + before * (1 - sigmoid))
-    dx = grad * weight[:, -1:]
-    dweight = torch.zeros_like(weight)
-    dweight[:, -1] = (grad * x).sum((0, 2))
-    for shift in range(1, min(weight.shape[1], x.shape[2])):
-        dx[:, :, :-shift].addcmul_(grad[:, :, shift:], weight[:, -1 - shift, None])
-        dweight[:, -1 - shift] = (grad[:, :, shift:] * x[:, :, :-shift]).sum((0, 2))
-    return dx, dweight, None if bias is None else grad.sum((0, 2))
+    return _package()(x, weight.to(dtype), None if bias is None else bias.to(dtype), activation=activation)
+
+
+def _by_operator(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return cast(Tensor, torch.ops.nnunetv2_lightnets.causal_conv1d(x, weight, bias, activation is not None))
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor | None = None) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` compute a call."""
+    forced = forced_backend()
+    if forced in ("torch", "reference"):
+        return by_torch
+    if (not x.is_cpu or forced == "triton") and by_triton.takes(x, weight):
+        return by_triton
+    return native if native.takes(x, weight, bias, grad) else by_torch
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     _check(x, weight, bias)
-    if forced_backend() not in ("torch", "reference") and native.takes(x, weight, bias):
-        return native.forward(x, weight, bias, silu)
-    return in_layout_of(x, _forward(x, weight, bias, silu))
+    return in_layout_of(x, _kernel(x, weight, bias).forward(x, weight, bias, silu))
 
 
 def _conv_backward(
@@ -158,8 +171,7 @@ def _conv_backward(
     _check(x, weight, bias)
     if grad.shape != x.shape:
         raise LightNetsError(f"causal_conv1d, backward: grad has shape {tuple(grad.shape)}, and x has {tuple(x.shape)}")
-    by_native = forced_backend() not in ("torch", "reference") and native.takes(x, weight, bias, grad)
-    dx, dweight, dbias = (native.backward if by_native else _backward)(grad, x, weight, bias, silu)
+    dx, dweight, dbias = _kernel(x, weight, bias, grad).backward(grad, x, weight, bias, silu)
     return (
         in_layout_of(x, dx),
         in_layout_of(weight, dweight),
@@ -170,11 +182,13 @@ def _conv_backward(
 def _conv_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
     *tensors, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
+    ctx.forced = forced_backend()  # gradients may be computed in another thread, or after the block that forces it
 
 
 def _conv_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.nnunetv2_lightnets.causal_conv1d_backward(grad, x, weight, bias, ctx.silu)
+    with use_backend(ctx.forced) if ctx.forced else nullcontext():
+        dx, dweight, dbias = torch.ops.nnunetv2_lightnets.causal_conv1d_backward(grad, x, weight, bias, ctx.silu)
     return dx, dweight, None if bias is None else dbias, None
 
 

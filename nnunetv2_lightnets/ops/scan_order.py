@@ -10,6 +10,7 @@ from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nnunetv2_lightnets.errors import LightNetsError
@@ -23,6 +24,11 @@ CROSS_SCAN: tuple[Direction, ...] = (((0, 1), False), ((1, 0), False), ((0, 1), 
 
 # Orders that are known to be permutations, and their versions.
 _checked: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+
+# Orders that scan_order has made, the one asked for last at the end, and their versions when they were made.
+_kept: dict[tuple[object, ...], tuple[Tensor, int]] = {}
+_MOST_KEPT = 64
+_MOST_NUMBERS = 2**24  # of all kept, 64 MiB
 
 
 def scan_order(
@@ -38,11 +44,54 @@ def scan_order(
         device: Where to put the result.
 
     Returns:
-        (K, L) in int32, with ``L = prod(shape)``; every row is a permutation of ``range(L)``.
+        (K, L) in int32, with ``L = prod(shape)``; every row is a permutation of ``range(L)``. Calls with the same
+        arguments share a tensor, until somebody writes to it: clone it to change it.
 
     Raises:
         LightNetsError: If a direction does not name every axis of ``shape`` once.
     """
+    if torch.compiler.is_compiling():
+        order = _new_order(shape, directions, device)
+        # What torch.export makes is looked at by whoever runs the program.
+        traced = torch.compiler.is_dynamo_compiling()
+        return torch.ops.nnunetv2_lightnets.known_order(order) if traced else order
+    place = torch.empty(0, device=device)  # says which device None and "cuda" are
+    if not _can_be_kept(place):
+        order = _new_order(shape, directions, device)
+        _checked[order] = _version(order)
+        return order
+    key = (tuple(shape), tuple((tuple(axes), backwards) for axes, backwards in directions), place.device)
+    order, version = _kept.pop(key, (place, -1))
+    if _version(order) != version:  # there is none, or it was written to
+        with torch.inference_mode(False):  # for a training, too
+            # A copy from the CPU is there when the call returns, for whatever stream of a GPU reads it next.
+            order = _new_order(shape, directions, "cpu").to(place.device)
+        _checked[order] = version = _version(order)
+        _make_room(order.numel())
+    if order.numel() <= _MOST_NUMBERS:
+        _kept[key] = (order, version)
+    return order
+
+
+def _can_be_kept(made_here: Tensor) -> bool:
+    """Whether tensors made here stay what they are: none of a tracer, nor of the memory of a CUDA graph's recording."""
+    if type(made_here) is not Tensor or is_functorch_wrapped_tensor(made_here):
+        return False
+    return not (made_here.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _make_room(numbers: int) -> None:
+    """Forget the orders that nobody has asked for longest, until there is room for so many numbers."""
+    entries = list(_kept.items())
+    numbers += sum(order.numel() for _, (order, _) in entries)
+    for place, (key, (order, _)) in enumerate(entries):
+        if numbers <= _MOST_NUMBERS and len(entries) - place < _MOST_KEPT:
+            break
+        _kept.pop(key, None)
+        numbers -= order.numel()
+
+
+def _new_order(shape: Sequence[int], directions: Sequence[Direction], device: torch.device | str | None) -> Tensor:
     length = math.prod(shape)
     image = torch.arange(length, dtype=torch.int32, device=device).view(*shape)
     order = torch.empty(len(directions), length, dtype=torch.int32, device=device)
@@ -53,10 +102,6 @@ def scan_order(
             )
         tokens = image.permute(*axes).flatten()
         path.copy_(tokens.flip(0) if backwards else tokens)
-    if torch.compiler.is_dynamo_compiling():
-        return torch.ops.nnunetv2_lightnets.known_order(order)  # type: ignore[no-any-return]
-    if not torch.compiler.is_compiling():  # by torch.export: whoever runs the program looks at its orders
-        _checked[order] = _version(order)
     return order
 
 

@@ -294,12 +294,116 @@ def test_prediction_leaves_its_input_alone():
     assert all(torch.equal(*pair) for pair in features[:-1])  # skips; the last is the decoder's own
 
 
+@pytest.fixture(params=["torch's kernel", "formulas"])
+def norm_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute a group norm: the one for CPUs, and the one for GPUs and compilers."""
+    if request.param == "formulas":
+        monkeypatch.setattr(lightm_unet, "_is_cpu_code", lambda tokens: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("norm_code")
+def test_gradients_of_group_norm():
+    norm = TokenGroupNorm(16).double()
+    values = (torch.randn(2, 20, 16), torch.rand(16) - 0.5, torch.rand(16) - 0.5)
+    inputs = [x.double().requires_grad_() for x in values]
+
+    def run(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (tokens,))
+
+    assert torch.autograd.gradcheck(run, inputs)
+    torch.testing.assert_close(run(*inputs), _exact(norm, *inputs))
+
+
+def _exact(norm: TokenGroupNorm, tokens: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Torch's own group norm in float64, with ReLU."""
+    weight, bias = (own if x is None else x for x, own in ((weight, norm.weight), (bias, norm.bias)))
+    channels_first = tokens.double().transpose(1, 2)
+    return F.group_norm(channels_first, 8, weight.double(), bias.double(), norm.eps).transpose(1, 2).relu()
+
+
+@pytest.mark.usefixtures("norm_code")
+@pytest.mark.parametrize("offset", [0, 10, 100])
+def test_gradients_of_group_norm_keep_their_digits(offset):
+    """Those of float32 on long sequences, against float64."""
+    norm, tokens = TokenGroupNorm(16), torch.randn(2, 2**16, 16) + offset
+    grad = torch.randn_like(tokens)
+    with torch.no_grad():
+        norm.bias.fill_(5)  # no value is near 0, where ReLU would tell rounding errors apart
+    leaves = [tokens.requires_grad_(), norm.weight, norm.bias]
+    found = torch.autograd.grad(norm(tokens), leaves, grad)
+    expected = torch.autograd.grad(_exact(norm, tokens), leaves, grad.double())
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).abs().max() < 4e-6 * max(1, offset) * y.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_group_norm_in_half_precision(dtype, autocast):
+    """Statistics are in float32, and so is the result under autocast, as that of torch's own on GPUs."""
+    norm, tokens = TokenGroupNorm(16), (torch.randn(2, 700, 16) + 3).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        out = norm(tokens)
+    assert out.dtype == (torch.float32 if autocast else dtype)
+    tolerance = 1e-5 if autocast else torch.finfo(dtype).eps
+    grad = torch.randn_like(out)
+    expected = _exact(norm, tokens)
+    assert (out - expected).abs().max() < tolerance * expected.abs().max()
+    leaves = [tokens, norm.weight, norm.bias]
+    found = torch.autograd.grad(out, leaves, grad)
+    wanted = torch.autograd.grad(expected, leaves, torch.where(out > 0, grad, 0).double())
+    for x, y, leaf in zip(found, wanted, leaves, strict=True):
+        assert x.dtype == leaf.dtype
+        assert (x - y).abs().max() < (torch.finfo(dtype).eps if leaf is tokens else 1e-4) * y.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_group_norm(backend, dtype):
+    norm, tokens = TokenGroupNorm(16), torch.randn(2, 1000, 16).to(dtype).requires_grad_()
+    compiled = torch.compile(norm, backend=backend, fullgraph=True, dynamic=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out, expected = compiled(tokens), norm(tokens)
+    assert out.dtype == torch.float32 and out.stride() == tokens.stride()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    leaves = [tokens, norm.weight, norm.bias]
+    grad = torch.randn_like(out)
+    for x, y in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        tolerance = max(1e-4, torch.finfo(x.dtype).eps)
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=1e-4 * y.abs().max().item())
+
+
+def test_group_norm_reads_tokens_as_they_lie(monkeypatch):
+    """What runs on GPUs copies no tensor of their size to another layout, and makes as many as the class says."""
+    monkeypatch.setattr(lightm_unet, "_is_cpu_code", lambda tokens: False)
+    norm, tokens = TokenGroupNorm(16), torch.randn(2, 1000, 16, requires_grad=True)
+    calls: list[str] = []
+
+    class Large(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, Tensor) and x.numel() == tokens.numel():
+                    assert x.stride() == tokens.stride(), function
+                    calls.append(function.overloadpacket.__name__)
+            return out
+
+    grad = torch.ones_like(tokens)
+    with Large():
+        torch.autograd.grad(norm(tokens), tokens, grad)
+    assert [name for name in calls if name != "detach"] == (
+        ["addcmul", "relu_", "threshold_backward", "addcmul", "mul", "addcmul", "addcmul_"]
+    )
+
+
+@pytest.mark.usefixtures("norm_code")
 @pytest.mark.parametrize("offset", [0, 10, 100])
 def test_group_norm_keeps_its_digits_on_long_sequences(offset):
     norm, tokens = TokenGroupNorm(8), torch.randn(1, 2**18, 8) + offset
     exact = F.group_norm(tokens.double().transpose(1, 2), 8).transpose(1, 2).relu()
-    with torch.no_grad():
-        assert (norm(tokens) - exact).abs().max() < 2e-6 * max(1, offset)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert (norm(tokens) - exact).abs().max() < 2e-6 * max(1, offset)
 
 
 @pytest.mark.slow

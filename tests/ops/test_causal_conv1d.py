@@ -200,3 +200,48 @@ def test_the_package_gets_only_what_its_kernel_reads(fake_package):
     assert not conv_module._package_takes(torch.ones(2, 8, 5), torch.ones(8, 5))
     with use_backend("torch"):
         assert not conv_module._package_takes(torch.ones(2, 8, 5), weight)
+
+
+def test_the_faster_of_package_and_triton_is_taken(fake_package, monkeypatch):
+    fake_package(lambda x, weight, bias=None, activation=None: _expected(x, weight, bias, activation))
+    x, weight, bias = (y.float() for y in _random(2, 8, 20, 4, "channels-last"))
+    arguments = (x.requires_grad_(), weight, bias, "silu")
+    assert conv_module._package_first(*arguments)  # the kernel takes no tensors on a CPU
+    monkeypatch.setattr(conv_module.by_triton, "takes", lambda x, weight: True)
+    monkeypatch.setattr(conv_module, "_kernel", lambda *_: conv_module.by_torch)  # in Triton's place
+    calls = []
+
+    def choose(name, key, candidates, run, device):
+        for candidate in candidates:
+            run(candidate)
+        calls.append((candidates, key))
+        return "causal-conv1d"
+
+    monkeypatch.setattr(conv_module.tuning, "choose", choose)
+    assert conv_module._package_first(*arguments)
+    with torch.no_grad():
+        assert conv_module._package_first(*arguments)
+    with torch.inference_mode():
+        assert conv_module._package_first(x.clone(), weight, None, None)
+    assert [candidates for candidates, _ in calls] == [("triton", "causal-conv1d")] * 3
+    assert [key[-1] for _, key in calls] == ["gradients", "no gradients", "no gradients"]
+    assert calls[0][1][:4] == ("float32", "channels-last", "kernel size 4, SiLU", "up to 64 tokens, 8 channels")
+    for forced, package in (("mamba_ssm", True), ("triton", False)):
+        with use_backend(forced):
+            assert conv_module._package_first(*arguments) == package
+    assert len(calls) == 3
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="torch's operations are all there is")
+def test_gradients_come_from_the_backend_that_was_forced(monkeypatch):
+    """Also where they are computed after the block, or in a thread of their own, as on GPUs."""
+    x, weight, bias = (y.requires_grad_() for y in _random(2, 4, 20, 3))
+    used = []
+    for name, module in (("torch", conv_module.by_torch), ("native", conv_module.native)):
+        monkeypatch.setattr(module, "backward", lambda *a, name=name, run=module.backward: used.append(name) or run(*a))
+    for forced in ("torch", "native"):
+        with use_backend(forced):
+            out = causal_conv1d(x, weight, bias, "silu")
+        out.sum().backward()
+    causal_conv1d(x, weight, bias, "silu").sum().backward()
+    assert used == ["torch", "native", "native"]

@@ -1,4 +1,4 @@
-"""A running triton_worker.py, and how tests talk to it."""
+"""A running triton_worker.py, or another such script, and how tests talk to it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ class TritonProcess:
         folder: Where it runs and, unless it interprets, caches compiled kernels.
         interpret: Whether Triton interprets kernels instead of compiling them.
         hide_gpus: Whether torch sees no GPU.
+        worker: The script it runs, beside this one.
     """
 
-    def __init__(self, folder: Path, *, interpret: bool, hide_gpus: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, interpret: bool, hide_gpus: bool = False, worker: str = "triton_worker.py"
+    ) -> None:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": str(int(interpret))}
         if hide_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._log = (folder / "errors").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("triton_worker.py")],
+            [sys.executable, Path(__file__).with_name(worker)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
