@@ -128,8 +128,7 @@ def test_without_a_gpu_nothing_is_taken() -> None:
 def _compile(compiler: TritonProcess, capabilities: list[int], **case: Any) -> None:
     """Two kernels with four tiles each, which spill no registers: these would lie on the stack."""
     found = compiler("resources", capabilities=capabilities, batch=2, length=262_144, width=4, **case)
-    kernels = {(x["kernel"], tuple(x["tile"]), x["capability"]) for x in found}
-    assert len(kernels) == 2 * 4 * len(capabilities)
+    assert len(found) == 2 * 4 * len(capabilities)
     assert not [x for x in found if x["stack"]]
     assert max(x["registers"] for x in found) <= 255
 
@@ -139,7 +138,15 @@ def test_no_registers_are_spilled(compiler: TritonProcess) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("layout", "channels"), [("channels", 512), ("slices", 128), ("tokens", 64)])
-def test_no_registers_are_spilled_on_any_gpu(compiler: TritonProcess, dtype: str, layout: str, channels: int) -> None:
-    _compile(compiler, CAPABILITIES, channels=channels, dtype=dtype, layout=layout)
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "layout", "channels"),
+    [
+        (CAPABILITIES, "float32", "channels", 512),
+        ([75, 90, 120], "bfloat16", "slices", 128),
+        ([75, 90, 120], "float16", "tokens", 64),
+    ],
+)
+def test_no_registers_are_spilled_on_any_gpu(
+    compiler: TritonProcess, capabilities: list[int], dtype: str, layout: str, channels: int
+) -> None:
+    _compile(compiler, capabilities, channels=channels, dtype=dtype, layout=layout)

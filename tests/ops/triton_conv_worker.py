@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton_worker import _compile, _error
+from triton_worker import _error, compiled
 
 from nnunetv2_lightnets.ops import causal_conv1d, use_backend
 from nnunetv2_lightnets.ops import causal_conv1d_torch as by_torch
@@ -164,12 +164,7 @@ def resources(capabilities: list[int], *, silu: bool = True, **case: Any) -> lis
     for tile in by_triton.ROWS if by_triton._rows(x) else by_triton.COLUMNS:
         y = by_triton.forward(x, weight, bias, silu, tile)
         by_triton.backward(y, x, weight, bias, silu, tile)
-    sizes = ("TOKENS", "BLOCK_L", "BLOCK_D", "num_warps")
-    return [
-        {**_compile(*launch, capability), "tile": [launch[1][name] for name in sizes]}
-        for capability in capabilities
-        for launch in launches
-    ]
+    return compiled(launches, capabilities)
 
 
 if __name__ == "__main__":

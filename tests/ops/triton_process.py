@@ -18,12 +18,21 @@ class TritonProcess:
         interpret: Whether Triton interprets kernels instead of compiling them.
         hide_gpus: Whether torch sees no GPU.
         worker: The script it runs, beside this one.
+        triton: Folder of the Triton to use, if it is not the installed one.
     """
 
     def __init__(
-        self, folder: Path, *, interpret: bool, hide_gpus: bool = False, worker: str = "triton_worker.py"
+        self,
+        folder: Path,
+        *,
+        interpret: bool,
+        hide_gpus: bool = False,
+        worker: str = "triton_worker.py",
+        triton: Path | None = None,
     ) -> None:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": str(int(interpret))}
+        if triton is not None:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(triton), os.environ.get("PYTHONPATH"))))
         if hide_gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._log = (folder / "errors").open("w+")

@@ -281,16 +281,21 @@ def availability() -> dict[str, Any]:
 
 
 def resources(
-    kind: str, capabilities: list[int], candidate: int = 0, multiprocessors: int = 108, backward: bool = True, **case: Any
+    kind: str,
+    capabilities: list[int],
+    candidate: int = 0,
+    multiprocessors: int = 108,
+    backward: bool = True,
+    **case: Any,
 ) -> list[dict[str, Any]]:
     """Compile every kernel that a scan of this shape launches; return what each one uses on each GPU.
 
     The scan runs on tensors without memory, up to the launches, which are compiled instead: what is compiled here is
-    what a GPU with this many multiprocessors would be given.
+    what a GPU with 108 multiprocessors would be given.
     """
     launches: list[tuple[Any, dict[str, Any]]] = []
     triton_runtime.launch = lambda kernel, programs, arguments: launches.append((kernel, arguments))
-    triton_runtime.multiprocessors = lambda device: multiprocessors
+    triton_runtime.multiprocessors = lambda device: 108
     scan = plain_scan(**case, device="meta") if kind == "plain" else _meta_directional(**case)
     tiles = TABLES["forward"][candidate], TABLES["backward"][candidate]
     out, last, states = triton_scan.forward(scan, True, tiles[0])
