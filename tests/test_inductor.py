@@ -49,6 +49,7 @@ def _tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).mT.contiguous().mT
 
 
+@pytest.mark.slow
 def test_selective_scan() -> None:
     A = -torch.rand(6, 4, dtype=torch.float64)
     arguments = [_tokens(2, 6, 70), _tokens(2, 6, 70), A, _tokens(2, 1, 4, 70), _tokens(2, 1, 4, 70)]
@@ -56,6 +57,7 @@ def test_selective_scan() -> None:
     _assert_equal(lambda u, *others: selective_scan(u.sin(), *others, delta_softplus=True).cos(), arguments)
 
 
+@pytest.mark.slow
 def test_directional_scan() -> None:
     u, A = _tokens(2, 3, 35), -torch.rand(4, 3, 5, dtype=torch.float64)
     arguments = [u, _tokens(2, 4, 3, 35), A, _tokens(2, 4, 5, 35), _tokens(2, 4, 5, 35)]

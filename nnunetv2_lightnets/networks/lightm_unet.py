@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
-from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream, at_least_float32, full_precision
+from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream, at_least_float32, full_precision, is_autocast
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
 
@@ -147,7 +147,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, weight, mean, rstd)
-        to_float32 = torch.is_autocast_enabled(tokens.device.type)
+        to_float32 = is_autocast(tokens)
         with full_precision(tokens):  # autocast would copy tokens to float32 first
             scale, shift = scale_and_shift(mean, rstd, weight, bias)
             normalised = torch.addcmul(shift, tokens, scale)
