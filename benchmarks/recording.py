@@ -122,16 +122,16 @@ class Record:
 # ---- Put on a page ----
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Lines of a Markdown table; what a row lacks stays empty.
+def markdown(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], most: int = MOST_ROWS) -> list[str]:
+    """Lines of a Markdown table with ``most`` rows or fewer; what a row lacks stays empty.
 
     Raises:
         ValueError: it has too many rows for a text.
     """
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-    if len(lines) > MOST_ROWS + 2:
-        raise ValueError(f"a table of {len(lines) - 2} rows for a text: choose {MOST_ROWS}, and link the CSV file")
+    if len(lines) > most + 2:
+        raise ValueError(f"a table of {len(lines) - 2} rows for a text: choose {most}, and link the CSV file")
     return lines
 
 

@@ -12,6 +12,7 @@ from recording import write_tables
 SCRIPTS = (  # each has tables()
     "accuracy",
     "configurations",
+    "gpu",
     "light_cnns_cpu",
     "light_cnns_trainings",
     "lightm_unet_counts",

@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Logits of all stages from fine to coarse, or of the finest alone, from the encoder's features."""
-        *skips, x = features
+        skips, x = list(features[:-1]), features[-1]  # torch 2.11's compiler makes a tuple of *skips
         logits: list[Tensor] = []
         last = len(self.stages) - 1
         for i, (upsample, stride, stage, head) in enumerate(

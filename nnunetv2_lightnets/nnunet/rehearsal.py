@@ -36,9 +36,11 @@ def make_trainer(
 def make_batch(trainer: Any, patch: Sequence[int], batch_size: int) -> dict[str, Any]:
     """Random data, and random labels for what the network answers."""
     data = torch.randn(batch_size, trainer.num_input_channels, *patch)
+    # A compiled network would be compiled for this one patch, and then for patches of any number.
+    network = getattr(trainer.network, "_orig_mod", trainer.network)
     with torch.no_grad(), autocast(trainer.device):
         # One patch is enough to see the shapes, and evaluation takes patches of any size.
-        answers = trainer.network.eval()(data[:1].to(trainer.device))
+        answers = network.eval()(data[:1].to(trainer.device))
     return {"data": data, "target": make_targets(trainer, answers, batch_size)}
 
 

@@ -243,6 +243,17 @@ def test_regions_and_deep_supervision_have_their_targets():
     assert set(target.unique().tolist()) == {0, 1, 2}
 
 
+def test_a_batch_for_a_compiled_network_compiles_nothing():
+    """It would be compiled for one patch, and then for any number of patches."""
+    network = torch.nn.Conv2d(2, 3, 1)
+    compiled = torch.compile(network, backend=lambda *_: pytest.fail("it was compiled"))
+    manager = argparse.Namespace(has_regions=False, num_segmentation_heads=3)
+    trainer = argparse.Namespace(
+        network=compiled, device=torch.device("cpu"), label_manager=manager, num_input_channels=2
+    )
+    assert make_batch(trainer, (16, 16), 4)["target"].shape == (4, 1, 16, 16)
+
+
 # ----------------------------------------------------------------------------------------------------------- resuming
 
 

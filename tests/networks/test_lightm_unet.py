@@ -194,6 +194,14 @@ def test_gradients_reach_every_parameter():
     assert without == []
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_it_runs_on_a_device_without_autocast(grad):
+    """As meta is, where trainers count; without a counter's fake tensors."""
+    with torch.device("meta"), torch.set_grad_enabled(grad):
+        network = create_network("lightm_unet", spatial_dims=3, input_channels=1, num_classes=2, width=8)
+        assert network(torch.empty(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
+
+
 def test_gradients_are_those_of_the_function():
     network, x = build(2, blocks_down=(1, 1), blocks_up=(1,)).double(), torch.randn(2, 1, 8, 6, dtype=torch.float64)
     parameters = dict(network.named_parameters())
