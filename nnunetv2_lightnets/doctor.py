@@ -62,7 +62,7 @@ def run(_args: argparse.Namespace) -> int:
         print(finding, flush=True)
         findings.append(finding)
     if any(finding.fatal for finding in findings):
-        print("\nTraining does not work here; see FAIL above.")
+        print("\nNot ready: see FAIL above.")
         return 1
     unset = [finding.what for finding in findings if finding.what in FOLDERS and finding.remedy is not None]
     ready = f"Ready once {', '.join(unset)} {'is' if len(unset) == 1 else 'are'} set to folders" if unset else "Ready"

@@ -112,6 +112,7 @@ def test_the_users_variables_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert dict(os.environ)["nnUNet_results"] == "/of/the/user"
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     run = demo.Demo(tmp_path, demo.TRAINER, "cpu")
     with pytest.raises(LightNetsError, match=r"nnUNetv2_train ended with exit code 2: .*the ID 990.*logs/train\.log"):

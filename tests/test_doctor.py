@@ -100,6 +100,7 @@ def test_the_next_release_is_refused_with_the_reason(
     assert words in text and "-> pip install 'nnunetv2~=2.8.0'" in text
 
 
+@pytest.mark.slow
 def test_the_contract_is_read_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for nnU-Net's next minor release, here with all in place."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.0")

@@ -127,7 +127,7 @@ def test_pretrained_weights_of_another_class_count(nnunet: NNUNet, trained: tupl
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["999", "3d_fullres", "0", "-tr", TRAINER], "dataset with the ID 999"),
+        pytest.param(["999", "3d_fullres", "0", "-tr", TRAINER], "dataset with the ID 999", marks=pytest.mark.slow),
         pytest.param(
             [str(ID), "3d_lowres", "0", "-tr", TRAINER], "'3d_lowres' is not in the plans", marks=pytest.mark.slow
         ),
@@ -146,6 +146,7 @@ def test_mistakes_get_one_line_and_code_2(nnunet: NNUNet, arguments: list[str], 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_results_folder_that_cannot_be_written(nnunet: NNUNet, tmp_path: Path) -> None:
     (file := tmp_path / "not a folder").write_text("")
     train = (str(ID), "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")

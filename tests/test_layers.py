@@ -88,7 +88,8 @@ def place(module: str) -> str:
 def test_every_package_is_installed() -> None:
     """setuptools takes the packages that pyproject.toml lists, and forgets a new one without a word."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert set(listed) == {module for module, file in FILES.items() if file.name == "__init__.py"}
+    packages = {module for module, file in FILES.items() if file.name == "__init__.py"}
+    assert set(listed) == {module for module in packages if room(module) != "benchmarks"}  # which run from the checkout
 
 
 def test_every_room_has_a_layer() -> None:

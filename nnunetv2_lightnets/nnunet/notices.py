@@ -49,14 +49,19 @@ def scan_backend(device: torch.device, kind: str = "plain") -> tuple[str, tuple[
     return "torch", slow_scan(device, refusals or f"there is no faster one for {device.type}")
 
 
+def scans(network: nn.Module) -> list[str]:
+    """The kinds of selective scans in a network."""
+    parameters = {name.rpartition(".")[2] for name, _ in network.named_parameters()}
+    return [kind for name, kind in _KINDS.items() if name in parameters]
+
+
 def scan_notice(network: nn.Module, device: torch.device) -> str | None:
     """Which backend computes the selective scans of a network, a warning if it is a slow one; None if it has none.
 
     Where the notice warns, the scans themselves do so no more.
     """
-    parameters = {name.rpartition(".")[2] for name, _ in network.named_parameters()}
     named: dict[str, list[str]] = {}
-    for kind in (kind for name, kind in _KINDS.items() if name in parameters):
+    for kind in scans(network):
         name, slow = scan_backend(device, kind)
         announced(device, name)
         if slow is not None:
@@ -96,12 +101,12 @@ def memory_notice(trainer: Any, watch: AbstractContextManager[object] = NOBODY) 
     """
     device: torch.device = trainer.device
     try:
-        mixed = torch.autocast("cpu", dtype=torch.float16, enabled=device.type == "cuda")
-        with torch.random.fork_rng(devices=[]), mixed:
-            needed = memory_of(trainer, watch).total
         available = device_memory(device)
         if available is None:
             return None
+        mixed = torch.autocast("cpu", dtype=torch.float16, enabled=device.type == "cuda")
+        with torch.random.fork_rng(devices=[]), mixed:
+            needed = memory_of(trainer, watch).total
     except Exception as error:  # an estimate must not stop a training
         return f"the memory of a training step could not be estimated: {last_line(error)}"
     if needed <= available:

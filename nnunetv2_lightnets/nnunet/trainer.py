@@ -25,7 +25,7 @@ from nnunetv2_lightnets.networks import create_network, list_networks, network_e
 from nnunetv2_lightnets.nnunet.checkpoints import CheckpointTrainer
 from nnunetv2_lightnets.nnunet.freezing import backward
 from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
-from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice, show_warnings
+from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice, scans, show_warnings
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
@@ -194,7 +194,7 @@ class LightNetsTrainer(CheckpointTrainer):
         if notice is not None and self.local_rank == 0:
             self.print_to_log_file(notice)
         if self.device.type == "cuda" and len(calls):
-            warm_up(calls, self.device, self.print_to_log_file)  # which only the first process prints
+            warm_up(calls, self.device, self.print_to_log_file if self.local_rank == 0 else lambda line: None)
 
     def _name_scan_backend(self) -> None:
         """Write into the log, once and from one process, what computes the network's scans."""
@@ -203,8 +203,10 @@ class LightNetsTrainer(CheckpointTrainer):
         self._named_scan_backend = True
         if self.local_rank != 0:
             announced(self.device, "torch")
-        elif (notice := scan_notice(self.bare_network, self.device)) is not None:
-            self.print_to_log_file(notice)
+        elif scans(self.bare_network):
+            if self.device.type == "cuda":
+                self.print_to_log_file("checking the scan's GPU kernels, which takes a minute the first time")
+            self.print_to_log_file(scan_notice(self.bare_network, self.device))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One training iteration: nnU-Net's own, but that frozen parameters get no gradient.

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nnunetv2_lightnets.files import last_line
+from nnunetv2_lightnets.ops import causal_conv1d_triton, triton_runtime
 from nnunetv2_lightnets.ops.library import NAMESPACE
 from nnunetv2_lightnets.ops.selective_scan.dispatch import FAST, NAMES, choose
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
@@ -78,17 +79,19 @@ def warm_up(calls: Calls, device: torch.device, say: Callable[[str], object]) ->
         device: A GPU.
         say: Takes a line for the user.
     """
+    if device.type == "cuda" and triton_runtime.unavailable(device.index) is not None:
+        return  # there is nothing to compile
     start = told = time.perf_counter()
     say(f"preparing the GPU kernels of {len(calls)} different calls (compiled once, and kept for the next training)")
-    for i, (name, described) in enumerate(calls):
-        try:
-            with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for i, (name, described) in enumerate(calls):
+            try:
                 _call(name, described, device)
-        except Exception as error:  # such as too little memory
-            say(f"GPU kernels: {name} could not be prepared: {last_line(error)}")
-        if time.perf_counter() - told > _SILENCE:
-            told = time.perf_counter()
-            say(f"GPU kernels: {i + 1} of {len(calls)} calls prepared")
+            except Exception as error:  # such as too little memory
+                say(f"GPU kernels: {name} could not be prepared: {last_line(error)}")
+            if time.perf_counter() - told > _SILENCE:
+                told = time.perf_counter()
+                say(f"GPU kernels: {i + 1} of {len(calls)} calls prepared")
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -97,6 +100,10 @@ def warm_up(calls: Calls, device: torch.device, say: Callable[[str], object]) ->
 
 def _call(name: str, described: Iterable[Any], device: torch.device) -> None:
     arguments = [x.real(device) if isinstance(x, _Description) else x for x in described]
+    if name.startswith("causal_conv1d"):
+        x, weight = arguments[:2] if name == "causal_conv1d" else arguments[1:3]
+        if device.type == "cuda" and not causal_conv1d_triton.takes(x, weight):
+            return
     if name.startswith("selective_scan"):
         fields = arguments[:11] if name == "selective_scan" else arguments[2:13]
         backend = choose(Scan(*fields)).NAME  # type: ignore[arg-type]
@@ -104,4 +111,7 @@ def _call(name: str, described: Iterable[Any], device: torch.device) -> None:
             return  # nothing of it is compiled
         if name == "selective_scan_backward":
             arguments[-1].fill_(NAMES.index(backend))
-    getattr(torch.ops.nnunetv2_lightnets, name)(*arguments)
+    operator = getattr(torch.ops.nnunetv2_lightnets, name)
+    operator(*arguments)
+    if name == "selective_scan":
+        operator(*arguments[:11], False, False)  # as in validation, which saves no states

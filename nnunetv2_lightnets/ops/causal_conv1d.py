@@ -55,7 +55,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     if activation not in (None, "silu"):
         raise LightNetsError(f"causal_conv1d: activation is {activation!r}; it must be None or 'silu'")
     _check(x, weight, bias)
-    eager = x.is_cuda and not torch.compiler.is_compiling()
+    eager = type(x) is Tensor and x.is_cuda and not torch.compiler.is_compiling()
     by_package = eager and _package_takes(x, weight) and _package_first(x, weight, bias, activation)
     return (_by_package if by_package else _by_operator)(x, weight, bias, activation)
 
@@ -93,13 +93,14 @@ def package_unavailable() -> str | None:
         return f"it fails on a small call ({in_one_line(error)})"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _probe() -> str | None:
     x = torch.linspace(-1, 1, 2 * 5 * 8, device=PACKAGE_DEVICE).view(2, 5, 8).transpose(1, 2)
     weight = torch.linspace(-1, 1, 8 * 4, device=PACKAGE_DEVICE).view(8, 4).requires_grad_()
     bias = torch.linspace(0, 1, 8, device=PACKAGE_DEVICE)
-    with torch.enable_grad():
-        out = _package()(x, weight, bias, activation="silu")
-        (dweight,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+    out = _package()(x, weight, bias, activation="silu")
+    (dweight,) = torch.autograd.grad(out, weight, torch.ones_like(out))
     with torch.no_grad():
         expected = by_torch.forward(x, weight, bias, True)
         expected_dweight = by_torch.backward(torch.ones_like(out), x, weight, bias, True)[1]

@@ -58,11 +58,18 @@ def _kernels() -> ModuleType:
     return causal_conv1d_triton_kernels
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device; None once they give there what torch's operations do."""
+def unavailable(device: torch.device, rows: bool = True) -> str | None:
+    """Why the kernels cannot be used on a device; None once they give there what torch's operations do.
+
+    Args:
+        device: Of the tensors.
+        rows: Whether channels are neighbours in memory, rather than tokens.
+    """
     if device.type != runtime.device_type():
         return f"takes tensors on {runtime.device_type()}, not on {device.type}"
-    return _fault(torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index)
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    proved = _proved(index, rows)
+    return proved if isinstance(proved, str) else None
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -72,38 +79,43 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in DTYPES
         and weight.shape[1] <= WIDEST_KERNEL
         and x.shape[2] <= LONGEST
-        and unavailable(x.device) is None
+        and unavailable(x.device, _rows(x)) is None
     )
 
 
-_faults: dict[int | None, str | None] = {}
+_proofs: dict[tuple[int | None, bool], tuple[Tile, ...] | str] = {}
 
 
-def _fault(index: int | None) -> str | None:
-    """:func:`unavailable` for a GPU's index, None for the CPU; found once."""
-    if index in _faults:
-        return _faults[index]
+def _proved(index: int | None, rows: bool) -> tuple[Tile, ...] | str:
+    """The tiles that compute right on a GPU (None: on the CPU) in a layout, or why there is none; found once."""
+    if (index, rows) in _proofs:
+        return _proofs[index, rows]
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is recorded, and the kernels have not been tried before"
-    fault = runtime.unavailable(index)
-    if fault is None:
-        try:
-            fault = _probe(device)
-        except Exception as error:  # compilers and drivers raise what they like
-            fault = f"it fails on a small call ({in_one_line(error)})"
-    _faults[index] = fault
-    if device.type == "cuda" and fault is not None:
-        _logger.warning("causal convolution on %s: no Triton kernel (%s); torch's operations are slower", device, fault)
-    return fault
+    if (reason := runtime.unavailable(index)) is not None:  # the scan, which it stops as well, warns
+        _proofs[index, rows] = reason
+        return reason
+    table = ROWS if rows else COLUMNS
+    try:
+        reasons = {tile: _fault(device, tile) for tile in (table[:1] if index is None else table)}
+    except torch.OutOfMemoryError as error:  # it may be otherwise at the next call
+        return f"it cannot be checked on this GPU now ({in_one_line(error)})"
+    proved = tuple(tile for tile, reason in reasons.items() if reason is None)
+    if not proved:
+        _logger.warning("causal convolution on %s: no Triton kernel (%s), which costs time", device, reasons[table[0]])
+    _proofs[index, rows] = proved or str(reasons[table[0]])
+    return _proofs[index, rows]
 
 
 @torch.no_grad()
-def _probe(device: torch.device) -> str | None:
+def _fault(device: torch.device, tile: Tile) -> str | None:
     """Compare a convolution of published kind, and its gradients, with torch's operations."""
     channels, length, width = 64, 2 * ROWS[0].tokens * ROWS[0].block_l - 3, 4
     numbers = torch.linspace(-3, 3, 2 * 2 * length * channels, device=device).sin_().view(2, 2, length, channels)
     x, grad = (part.transpose(1, 2) for part in numbers)  # channels-last
+    if tile in COLUMNS:
+        x, grad = x.contiguous(), grad.contiguous()
     weight = torch.linspace(-1, 1, channels * width, device=device).view(channels, width)
     arguments = (x, weight, torch.linspace(-1, 1, channels, device=device), True)
     wanted = (causal_conv1d_torch.forward(*arguments), *causal_conv1d_torch.backward(grad, *arguments))
@@ -111,13 +123,18 @@ def _probe(device: torch.device) -> str | None:
     times = []
     for _ in range(2):  # the first call compiles
         start = time.perf_counter()
-        found = forward(*arguments, ROWS[0]), *backward(grad, *arguments, ROWS[0])
-        for name, value, expected in zip(("output", "dx", "dweight", "dbias"), found, wanted, strict=True):
-            if value is None or expected is None or not torch.allclose(value, expected, rtol=1e-4, atol=1e-4):
-                return f"of a small call, its {name} is wrong"
+        try:
+            found = forward(*arguments, tile), *backward(grad, *arguments, tile)
+            for name, value, expected in zip(("output", "dx", "dweight", "dbias"), found, wanted, strict=True):
+                if value is None or expected is None or not torch.allclose(value, expected, rtol=1e-4, atol=1e-4):
+                    return f"of a small call, its {name} is wrong"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers and drivers raise what they like
+            return f"it fails on a small call ({in_one_line(error)})"
         times.append(time.perf_counter() - start)
-    message = "causal convolution on %s: Triton's kernel, whose results are torch's (checked in %.2f s, after %.1f s)"
-    _logger.info(message, device, times[1], times[0])
+    message = "causal convolution on %s by %s: Triton's results are torch's (checked in %.2f s, after %.1f s)"
+    _logger.info(message, device, tile, times[1], times[0])
     return None
 
 
@@ -200,7 +217,9 @@ def kind(x: Tensor, weight: Tensor, silu: bool) -> tuple[str, ...]:
 
 
 def _choose(direction: str, x: Tensor, weight: Tensor, silu: bool, run: Callable[[Tile], object]) -> Tile:
-    tiles = ROWS if _rows(x) else COLUMNS
+    tiles: tuple[Tile, ...] = ROWS if _rows(x) else COLUMNS
+    if x.is_cuda and not isinstance(proved := _proved(x.device.index, _rows(x)), str):
+        tiles = proved
     return tuning.choose(f"causal convolution, {direction}", kind(x, weight, silu), tiles, run, x.device)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from nnunetv2_lightnets.ops.tensors import in_one_line
 
-LEAST_CAPABILITY = (7, 5)  # Turing; what tests compile for, and what torch 2.14's own builds for CUDA 13 still serve
+LEAST_CAPABILITY = (7, 0)  # Volta; what tests compile for
 
 
 def interpreted() -> bool:
@@ -65,7 +65,7 @@ def _fault(device: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
-        return f"{torch.cuda.get_device_name(device)} has compute capability {found}, and Triton needs {least}"
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found}; the kernels need {least}"
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed: {_how_to_get_triton()}"
     if reason := _unimportable():

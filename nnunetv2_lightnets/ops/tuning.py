@@ -64,11 +64,10 @@ def choose(
             return candidates[0]
         with torch.cuda.device(device):
             times = _measure(candidates, run)
-        if len(times) < 2:  # too little memory, say: it may be otherwise the next time
-            return by_name[next(iter(times))] if times else candidates[0]
-        found = min(times, key=times.__getitem__)
-        _logger.info("measured on this GPU, in ms: %s: %s; from now on %s", title, times, found)
-        _write(_place(device), title, {"chosen": found, "milliseconds": times})
+        found = min(times, key=times.__getitem__, default=str(candidates[0]))
+        if len(times) > 1:  # else something failed, which may be otherwise in the next process: too little memory, say
+            _logger.info("measured on this GPU, in ms: %s: %s; from now on %s", title, times, found)
+            _write(_place(device), title, {"chosen": found, "milliseconds": times})
     _chosen[entry] = found
     return by_name[found]
 
@@ -77,9 +76,13 @@ def _measure(candidates: Sequence[Candidate], run: Callable[[Candidate], object]
     """Median milliseconds of each candidate that can do the work, measured in turns."""
     working = [candidate for candidate in candidates if _works(candidate, run)]
     times: dict[str, list[float]] = {str(candidate): [] for candidate in working}
-    for _ in range(ROUNDS):
-        for candidate in working:
-            times[str(candidate)].append(_milliseconds(candidate, run))
+    try:
+        for _ in range(ROUNDS):
+            for candidate in working:
+                times[str(candidate)].append(_milliseconds(candidate, run))
+    except Exception as error:  # the call itself comes after this, and says so if it cannot be made
+        _logger.info("not measured on this GPU (%s)", in_one_line(error))
+        return {}
     return {name: round(statistics.median(found), 4) for name, found in times.items()}
 
 
@@ -132,7 +135,10 @@ def _read() -> dict[str, dict[str, dict[str, Any]]]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {str(place): dict(entries) for place, entries in content.items()}
+        return {
+            place: {title: entry for title, entry in entries.items() if isinstance(entry, dict)}
+            for place, entries in content.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

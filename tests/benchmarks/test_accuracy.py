@@ -95,6 +95,7 @@ def test_one_recipe_trains_every_network_that_the_plans_name(kept: tuple[Dataset
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_named_networks_have_the_patch_and_batch_of_the_run(tmp_path: Path) -> None:
     run = replace(accuracy.NUCLEI, recipe="nnUNetTrainer", trainers=accuracy.TWINS)
     setting = patch_setting((128, 128), 1, 2)

@@ -111,6 +111,7 @@ def test_mistakes_in_arguments(given, message, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     """The whole command on a small patch; then again, which measures nothing."""
     given = [*PATCH, "--batch-size", "2", "-device", "cpu", "-tr", "nnUNetTrainerLightMUNetT", "-o", str(tmp_path)]

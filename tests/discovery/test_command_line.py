@@ -87,6 +87,7 @@ def test_faults_are_no_mistakes(error: BaseException) -> None:
     assert user_mistake(error) is None
 
 
+@pytest.mark.slow
 def test_a_mistake_found_by_one_of_several_processes_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """As nnU-Net trains on several GPUs."""
     monkeypatch.delenv("nnUNet_preprocessed", raising=False)

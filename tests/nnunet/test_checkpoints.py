@@ -188,6 +188,7 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_each_of_two_ranks_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True)

@@ -198,6 +198,7 @@ def test_an_overflow_in_the_frozen_part_skips_no_step() -> None:
     assert moved(before, values(network)) == {"weight", "bias"} and scaler.get_scale() == 4.0
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same() -> None:
     """Gradients as the compiled network has them without freezing, then a training."""
     network = swin_umamba()

@@ -183,6 +183,7 @@ def test_a_truncated_checkpoint_is_named(make_trainer: Callable[..., Any], tmp_p
         make_trainer().load_checkpoint(str(file))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(
     make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

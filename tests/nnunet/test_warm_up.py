@@ -29,7 +29,7 @@ def _trainer(name: str, patch: tuple[int, ...], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("name", "patch"), CASES)
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+@pytest.mark.parametrize("mixed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["mixed", "float32"])
 def test_recorded_calls_are_those_of_a_step(name: str, patch: tuple[int, ...], mixed: bool) -> None:
     recorded, real = Calls(), Calls()
     with temporary_folders() as folder:
@@ -53,7 +53,11 @@ def test_every_call_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FAST", {"cuda": dispatch.NAMES})  # in place of a GPU's: whatever runs here
     with made:
         warm_up(calls, CPU, said.append)
-    assert set(made._calls) == set(calls._calls)
+    assert set(calls._calls) <= set(made._calls)
+    more = [arguments for key, (_, arguments) in made._calls.items() if key not in calls._calls]
+    assert all(arguments[-2:] == (False, False) for arguments in more), (
+        "forwards without saved states, as in validation"
+    )
     assert said[0].startswith(f"preparing the GPU kernels of {len(calls)} different calls")
     assert said[-1].startswith("GPU kernels: ready after") and len(said) == 2
 

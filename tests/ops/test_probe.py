@@ -81,3 +81,16 @@ def test_the_scan_has_all_that_published_networks_have(kind: str) -> None:
     assert scan.u.stride(1) == scan.delta.stride(-2) == 1, "channels are neighbours"
     assert kind == "directional" or not scan.B.is_contiguous()
     assert all(x is None or x.abs().max() > 0.01 for x in probe.results(scan, reference.forward, reference.backward))
+
+
+def test_too_little_memory_says_nothing_about_a_backend() -> None:
+    def full(scan: Scan, save_states: bool) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        probe.fault("torch", "plain", full, chunked.backward, CPU)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    with torch.device("meta"):
+        assert probe.fault("torch", "plain", chunked.forward, chunked.backward, CPU) is None

@@ -404,6 +404,7 @@ def fake_mamba(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(triton_scan, "unavailable", lambda: "there is no GPU for it")
         monkeypatch.setattr(mamba_ssm, "DEVICE", "cpu")
+        monkeypatch.setattr(dispatch, "small_scan", lambda kind, device: probe.small_scan(kind, "cpu"))
         mamba_ssm._kernel.forget()
         return mamba_ssm.unavailable()
 

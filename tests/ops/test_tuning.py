@@ -73,7 +73,17 @@ def test_times_are_on_disk_for_the_next_process_with_this_card(card: Card, tmp_p
     assert set(json.loads((tmp_path / "new" / "folder" / "tuning.json").read_text())) == {"Card A", "Card B"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"Card A": 3}', '{"Card A": {"scan: fp32": {"chosen": "gone"}}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"Card A": 3}',
+        '{"Card A": {"scan: fp32": "narrow"}}',
+        '{"Card A": {"scan: fp32": {"chosen": "gone"}}}',
+    ],
+)
 def test_a_file_that_says_nothing_useful_is_measured_anew(card: Card, tmp_path: Path, content: str) -> None:
     (tmp_path / "new" / "folder").mkdir(parents=True)
     (tmp_path / "new" / "folder" / "tuning.json").write_text(content)
@@ -90,9 +100,25 @@ def test_a_folder_that_cannot_be_written_costs_only_the_record(card: Card, tmp_p
 def test_a_candidate_that_fails_is_left_out_and_nothing_is_recorded(card: Card, tmp_path: Path) -> None:
     card.times["narrow"] = None
     assert card.choose() == "wide"
+    card.calls.clear()
+    assert card.choose() == "wide" and not card.calls, "it is remembered, and not tried at every call"
     assert not (tmp_path / "new" / "folder" / "tuning.json").exists()
+    card.forget()
     card.times["wide"] = None
     assert card.choose() == "wide", "the first one, whose own error the caller then sees"
+
+
+def test_an_error_while_timing_stops_nothing(card: Card, tmp_path: Path) -> None:
+    calls = 0
+
+    def run(candidate: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert tuning.choose("scan", ("fp32",), ["wide", "narrow"], run, GPU) == "wide"
+    assert not (tmp_path / "new" / "folder" / "tuning.json").exists()
 
 
 def test_nothing_is_measured_where_nothing_can_be(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,10 +137,10 @@ def probe(spoil: str) -> str | None:
         return tuple(y * (1.001 if name == spoil else 1) for name, y in zip(NAMES[1:], results, strict=True))
 
     setattr(by_triton, kernel_run.__name__, wrong)
-    by_triton._faults.clear()
+    by_triton._proofs.clear()
     reason = by_triton.unavailable(torch.device("cpu"))
     setattr(by_triton, kernel_run.__name__, kernel_run)
-    by_triton._faults.clear()
+    by_triton._proofs.clear()
     return reason
 
 

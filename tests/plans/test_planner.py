@@ -38,6 +38,7 @@ def planner(trainer: str, plans: dict, dataset_json: dict, memory: float | None 
     return Planner(find_trainer(trainer), plans, dataset_json, "new", memory, **fixed)
 
 
+@pytest.mark.slow
 def test_patch_is_the_image_rounded_up_to_the_strides_and_the_batch_five_percent() -> None:
     made = planner(TINY, *base_plans((64, 64), (60, 90), cases=100))
     (planned,) = made.plan(["2d"])
@@ -48,6 +49,7 @@ def test_patch_is_the_image_rounded_up_to_the_strides_and_the_batch_five_percent
     assert made.plans["configurations"]["2d"]["data_identifier"] == "free"
 
 
+@pytest.mark.slow
 def test_little_memory_makes_smaller_patches_and_what_is_planned_fits() -> None:
     plans, dataset_json = base_plans((128, 128), (256, 192))
     limit = 0.02
@@ -87,6 +89,7 @@ def test_fixed_settings_are_taken_as_they_are() -> None:
     assert (planned.patch, planned.batch_size) == ((48, 40), 3)
 
 
+@pytest.mark.slow
 def test_cascade_inherits_and_keeps_its_previous_stage() -> None:
     plans, dataset_json = base_plans((32, 32, 32), (32, 32, 32))
     plans["configurations"]["3d_lowres"] = copy.deepcopy(plans["configurations"]["3d_fullres"])

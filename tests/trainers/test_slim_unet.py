@@ -81,6 +81,7 @@ def test_it_computes_as_much_as_the_light_network(patch, like):
         assert distance >= abs(count_macs(network, 1, setting.patch) - target)
 
 
+@pytest.mark.slow
 def test_the_default_is_lightm_unet_s_and_the_same_network_each_time():
     trainer = find_trainer("nnUNetTrainerSlimUNet")
     assert trainer.like == "nnUNetTrainerLightMUNetS"
@@ -97,6 +98,7 @@ def test_the_default_is_lightm_unet_s_and_the_same_network_each_time():
     assert len(first(torch.randn(1, 2, *setting.patch))) == len(first.decoder.seg_layers)
 
 
+@pytest.mark.slow
 def test_with_residual_encoder_plans_it_is_that_network():
     setting = patch_setting([16, 16], 1, 2)
     architecture = setting.plans["configurations"]["free"]["architecture"]

@@ -22,7 +22,7 @@ import torch
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.ops.selective_scan.backend import Backend
 from nnunetv2_lightnets.ops.selective_scan.measured import faster
-from nnunetv2_lightnets.ops.selective_scan.probe import kind_of, small_scan
+from nnunetv2_lightnets.ops.selective_scan.probe import KINDS, kind_of, small_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 from nnunetv2_lightnets.ops.tensors import in_one_line
@@ -80,9 +80,15 @@ def available_backends(device: torch.device | None = None) -> dict[str, str | No
     Args:
         device: The GPU that is meant, where there are several; None for the current one.
     """
-    with _current(device):
-        found = {name: _not_looked_for() if name == ON_REQUEST else _find(name) for name in _MODULES}
-    return {name: backend if isinstance(backend, str) else None for name, backend in found.items()}
+    reasons: dict[str, str | None] = {}
+    for name in _MODULES:
+        with _current(device):
+            backend = _not_looked_for() if name == ON_REQUEST else _find(name)
+        reasons[name] = backend if isinstance(backend, str) else None
+        if name in FAST["cuda"] and reasons[name] is None and torch.cuda.is_available():
+            gpu = torch.device("cuda") if device is None else device
+            reasons[name] = next(filter(None, (refusal(name, kind, gpu) for kind in KINDS)), None)
+    return reasons
 
 
 def _not_looked_for() -> str:

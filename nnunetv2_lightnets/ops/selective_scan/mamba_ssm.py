@@ -76,7 +76,10 @@ class MambaKernel:
             if torch.cuda.is_current_stream_capturing():
                 return "it has not been tried on this GPU yet, and cannot be while a CUDA graph is recorded"
             device, compute = torch.device(DEVICE, index), (self.forward, self.backward)
-            faults = (probe.fault(self.NAME, kind, *compute, device) for kind in probe.KINDS)
+            try:
+                faults = [probe.fault(self.NAME, kind, *compute, device) for kind in probe.KINDS]
+            except torch.OutOfMemoryError as error:  # it may be otherwise at the next call
+                return f"{self._what}'s kernel cannot be checked on this GPU now ({in_one_line(error)})"
             self._faults[index] = next((f"{self._what}'s kernel: {fault}" for fault in faults if fault), None)
         return self._faults[index]
 

@@ -14,6 +14,8 @@ _REMEDIES = (
     ("compute capability", "take a newer GPU, mamba-ssm (docs/installation.md), or a network without a scan"),
     ("no official build", "use Linux, or WSL on Windows"),
     ("Triton is not installed", "install torch for CUDA, with which Triton comes, or pip install triton"),
+    ("OutOfMemory", "free memory of the GPU (nvidia-smi shows who has it) and start again"),
+    ("a small", "please report this; until then take mamba-ssm (docs/installation.md) or a network without a scan"),
 )
 _ANY = "Triton comes with torch for CUDA on Linux, and needs a C compiler (gcc) the first time it runs: install both"
 _ON_CPU = "install a wheel, or a C compiler, and then this package again"
@@ -37,4 +39,6 @@ def slow_scan(device: torch.device, refusals: str) -> tuple[str, str]:
     what = f"selective scan on {device.type}: backend 'torch', {measured}; {refusals}"
     if device.type == "cpu":
         return what, _ON_CPU
+    if device.type != "cuda":
+        return what, "train with -device cpu, or take a network without a scan, such as nnUNetTrainerULite"
     return what, next((remedy for words, remedy in _REMEDIES if words in refusals), _ANY)

@@ -64,6 +64,7 @@ from nnunetv2_lightnets.ops import triton_runtime as runtime
 from nnunetv2_lightnets.ops import tuning
 from nnunetv2_lightnets.ops.selective_scan import probe
 from nnunetv2_lightnets.ops.selective_scan.record import CHUNK, Gradients, Scan, n_chunks, saved_states
+from nnunetv2_lightnets.ops.tensors import in_one_line
 
 NAME = "triton"
 _logger = logging.getLogger("nnunetv2_lightnets")
@@ -114,10 +115,8 @@ def _kernels() -> ModuleType:
 
 
 def unavailable() -> str | None:
-    """Why Triton's scans cannot be trusted on the current GPU; None if they can."""
-    if reason := runtime.unavailable():
-        return reason
-    return None if runtime.interpreted() else _fault(torch.cuda.current_device(), "plain")
+    """Why Triton cannot run on the current GPU; None if it can. :func:`refuses` proves its scans there."""
+    return runtime.unavailable()
 
 
 def refuses(scan: Scan) -> str | None:
@@ -136,7 +135,10 @@ def refuses(scan: Scan) -> str | None:
 
 def _fault(device: int, kind: str) -> str | None:
     """Why scans of a kind fail on this GPU, or give other results than the reference; None if they do not."""
-    return runtime.unavailable(device) or _proved(device, kind).fault
+    try:
+        return runtime.unavailable(device) or _proved(device, kind).fault
+    except torch.OutOfMemoryError as error:  # it may be otherwise at the next call
+        return f"its scans cannot be checked on this GPU now ({in_one_line(error)})"
 
 
 def _proved(device: int, kind: str) -> _Proof:
@@ -465,16 +467,17 @@ def _sum_of_copies(copies: Tensor, like: Tensor) -> Tensor:
 
 def _choose(scan: _Prepared, backwards: bool, run: Callable[[Tiles], object]) -> Tiles:
     """The best tiles for such scans on this GPU: of its kind, dtype, channels, and length to a power of 4."""
-    device, table = scan.u.device, BACKWARD if backwards else FORWARD
-    if device.type != "cuda" or not scan.published:
+    device, kind = scan.u.device, probe.KINDS[scan.order is not None]
+    table: tuple[Tiles, ...] = BACKWARD if backwards else FORWARD
+    if device.type == "cuda":
+        proof = _proved(device.index, kind)
+        table = (proof.backward if backwards else proof.forward) or table
+    if not scan.published:
         return table[0]
-    kind = probe.KINDS[scan.order is not None]
-    proof = _proved(device.index, kind)
     size = f"{scan.sequences} x {scan.channels} x about {4 ** round(math.log(scan.length, 4))}"
-    key = (kind, str(scan.u.dtype), "no gate" if scan.z is None else "gate", size)
-    if backwards:
-        return tuning.choose("scan, backward", key, proof.backward or table, run, device)
-    return tuning.choose("scan, forward", key, proof.forward or table, run, device)
+    layout = "channels-last" if scan.u.stride(1) == 1 else "channels-first"
+    key = (kind, str(scan.u.dtype), "no gate" if scan.z is None else "gate", layout, size)
+    return tuning.choose(f"scan, {'backward' if backwards else 'forward'}", key, table, run, device)
 
 
 def forward(scan: Scan, save_states: bool, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
