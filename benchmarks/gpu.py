@@ -49,7 +49,8 @@ from gpu_sections.bench import RESTART, Bench, Rows, copy_bandwidth
 from recording import RESULTS, Tables, argument_parser, read_rows
 
 from nnunetv2_lightnets.costs.machine import machine
-from nnunetv2_lightnets.files import CACHE_VARIABLE, write_atomically
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.files import CACHE_VARIABLE, last_line, write_atomically
 from nnunetv2_lightnets.ops import tuning
 
 SECTIONS = {"a": "values", "b": "speed", "c": "networks", "d": "training"}
@@ -208,6 +209,21 @@ def parsed(words: list[str] | None = None) -> Namespace:
     return arguments
 
 
+def check(arguments: Namespace) -> None:
+    """Refuse what cannot work before anything is measured.
+
+    Raises:
+        LightNetsError: A folder of data that holds none, or times that are not positive.
+    """
+    from gpu_sections.training import one_dataset
+
+    for folder in (arguments.preprocessed, arguments.raw):
+        if folder is not None:
+            one_dataset(folder)
+    if (arguments.minutes or 1) <= 0 or arguments.train_minutes < 0:
+        raise LightNetsError("--minutes and --train-minutes must be positive numbers")
+
+
 def measure(section: str, folder: Path, arguments: Namespace) -> bool:
     """Run a section and write the page anew; whether the section ended by itself."""
     print(f"==== {section}: {SECTIONS.get(section, 'what there is')} ====", flush=True)
@@ -242,11 +258,12 @@ def main() -> int:
     if not arguments.dry_run and not torch.cuda.is_available():
         print("gpu.py: nothing to measure: torch sees no CUDA device; --dry-run needs none", file=sys.stderr)
         return 2
-    card = "dry-run" if arguments.dry_run else slug(torch.cuda.get_device_name(0))
-    folder = arguments.out or (
-        Path(tempfile.mkdtemp(prefix="lightnets_gpu_")) if arguments.dry_run else RECORDED / card
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check(arguments)
+        folder = folder_of(arguments)
+    except (LightNetsError, OSError) as error:
+        print(f"gpu.py: {last_line(error)}", file=sys.stderr)
+        return 2
     with kept_choices(folder):
         whole = all([measure(section, folder, arguments) for section in (DESCRIBE, *arguments.only)])
     print(f"page: {folder / page.PAGE}")
@@ -256,5 +273,18 @@ def main() -> int:
     return 0 if whole and not wrong else 1
 
 
+def folder_of(arguments: Namespace) -> Path:
+    """The folder of the results, which exists then."""
+    card = "dry-run" if arguments.dry_run else slug(torch.cuda.get_device_name(0))
+    folder = arguments.out or (
+        Path(tempfile.mkdtemp(prefix="lightnets_gpu_")) if arguments.dry_run else RECORDED / card
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("gpu.py: stopped; what was measured is recorded, and --continue goes on from there")

@@ -506,3 +506,21 @@ def test_a_folder_must_hold_one_data_set(names: tuple[str, ...], tmp_path: Path)
         (tmp_path / name).mkdir()
     with pytest.raises(LightNetsError, match=rf"must hold one folder Dataset\.\.\., and holds {len(names)}"):
         training.one_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--raw", "nowhere"], "nowhere must hold one folder Dataset..., and holds 0"),
+        (["--preprocessed", "nowhere"], "nowhere must hold one folder Dataset..., and holds 0"),
+        (["--minutes", "-1"], "must be positive numbers"),
+        (["--out", "/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", *words])
+    assert gpu.main() == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
