@@ -106,7 +106,9 @@ def _call(name: str, described: Iterable[Any], device: torch.device) -> None:
             return
     if name.startswith("selective_scan"):
         fields = arguments[:11] if name == "selective_scan" else arguments[2:13]
-        backend = choose(Scan(*fields)).NAME  # type: ignore[arg-type]
+        scan = Scan(*fields)  # type: ignore[arg-type]
+        scan.A.abs_().neg_()  # else states grow without bounds
+        backend = choose(scan).NAME
         if backend not in FAST["cuda"]:
             return  # nothing of it is compiled
         if name == "selective_scan_backward":
