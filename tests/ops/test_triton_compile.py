@@ -49,6 +49,23 @@ def test_a_short_scan_spills_no_registers(tmp_path: Path) -> None:
     _check(tmp_path, [80], "plain", length=64, z=False, dtype="float32", backward=False)
 
 
+def test_one_compilation_serves_all_stages_of_a_network(tmp_path: Path) -> None:
+    """Sizes, and B and C as slices that start anywhere in a row of any width, make no other kernels."""
+    stages = [
+        {"batch": 2, "channels": channels, "length": length, "states": 16, "rank": rank, "dtype": "float32"}
+        for channels, length, rank in ((64, 4096, 2), (128, 512, 4), (256, 320, 8), (512, 200, 16))
+    ]
+    process = TritonProcess(tmp_path, interpret=False)
+    try:
+        found = process("variants", stages=stages)
+    finally:
+        process.close()
+    assert set(found) == KERNELS
+    # Pass 2 with and without a first state, forwards and backwards, over segments and over runs of them.
+    assert found.pop("carry_kernel") <= 6
+    assert set(found.values()) == {1}, found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", CASES)

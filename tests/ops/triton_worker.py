@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,13 +61,20 @@ def plain_scan(
     softplus: bool = True,
     initial: bool = False,
     apart: bool = False,
+    rank: int | None = None,
     device: str = "cpu",
 ) -> Scan:
-    """A random plain scan; ``apart``: B and C have other strides than each other."""
+    """A random plain scan.
+
+    ``apart``: B and C have other strides than each other; ``rank``: they lie behind so many numbers in one row.
+    """
     kind = getattr(torch, dtype)
     compute = torch.float64 if kind == torch.float64 else torch.float32
     u, delta, gate = (_tokens((batch, channels, length), kind, layout, device) for _ in range(3))
     B, C = (_tokens((batch, groups, states, length), kind, layout, device) for _ in range(2))
+    if rank is not None:
+        rows = torch.randn(batch, groups, length, rank + 2 * states, dtype=kind, device=device)
+        B, C = rows[..., rank : rank + states].mT, rows[..., rank + states :].mT
     if apart:
         C = C.contiguous()
     A = -2 * torch.rand(channels, states, dtype=compute, device=device)
@@ -344,6 +352,38 @@ def _signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], 
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def variants(stages: list[dict[str, Any]]) -> dict[str, int]:
+    """How many times each kernel is compiled for scans of all stages of a network, as Triton's own launcher decides.
+
+    The launcher runs as on a GPU, up to the compiler, which is left out: what it is asked for is counted.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    triton.runtime.driver.set_active(driver)
+    triton_runtime.multiprocessors = lambda device: 108
+    asked: dict[str, set[str]] = {}
+
+    def compiled(kernel: Any, key: str, *arguments: Any, **more: Any) -> Any:
+        asked.setdefault(kernel.__name__, set()).add(str(key))
+        return SimpleNamespace(
+            launch_metadata=lambda *_: None, run=lambda *_: None, function=None, packed_metadata=None
+        )
+
+    JITFunction._do_compile = compiled
+    for stage in stages:
+        scan = plain_scan(**stage)
+        out, _, states = triton_scan.forward(scan, True)
+        triton_scan.backward(scan, (torch.empty_like(out), None), states)
+    return {name: len(keys) for name, keys in asked.items()}
 
 
 _jobs: list[tuple[Any, dict[str, Any], int]] = []
