@@ -205,7 +205,7 @@ class LightNetsTrainer(CheckpointTrainer):
             announced(self.device, "torch")
         elif scans(self.bare_network):
             if self.device.type == "cuda":
-                self.print_to_log_file("checking the scan's GPU kernels, which takes a minute the first time")
+                self.print_to_log_file("checking the scan's GPU kernels, which are compiled the first time")
             self.print_to_log_file(scan_notice(self.bare_network, self.device))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:

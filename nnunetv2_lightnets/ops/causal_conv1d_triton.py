@@ -145,7 +145,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, tile: Ti
     arguments |= _tensor("y", y)
 
     def run(tile: Tile) -> None:
-        parts = _ceil_div(x.shape[2], tile.tokens * tile.block_l)
+        parts = runtime.ceil_div(x.shape[2], tile.tokens * tile.block_l)
         _launch(_kernels().conv_forward_kernel, x, arguments, tile, parts)
 
     with runtime.on(x.device):
@@ -164,11 +164,11 @@ def backward(
     arguments |= {**_tensor("grad", grad.resolve_neg()), **_tensor("dx", dx)}
 
     def run(tile: Tile) -> Tensor:
-        tiles = _ceil_div(length, tile.tokens * tile.block_l)
-        rows = batch * _ceil_div(channels, tile.block_d)
-        parts = min(tiles, _ceil_div(PROGRAMS * runtime.multiprocessors(x.device), rows))
-        tiles_per_part = _ceil_div(tiles, parts)
-        parts = _ceil_div(tiles, tiles_per_part)
+        tiles = runtime.ceil_div(length, tile.tokens * tile.block_l)
+        rows = batch * runtime.ceil_div(channels, tile.block_d)
+        parts = min(tiles, runtime.ceil_div(PROGRAMS * runtime.multiprocessors(x.device), rows))
+        tiles_per_part = runtime.ceil_div(tiles, parts)
+        parts = runtime.ceil_div(tiles, tiles_per_part)
         sums = x.new_empty((batch * parts, width + 1, channels), dtype=compute_dtype(x))
         # Left alone, the assembler spills a few bytes where it then finds room for another warp.
         more = {"sums": sums, "tiles_per_part": tiles_per_part, "maxnreg": 255}
@@ -226,7 +226,7 @@ def _choose(direction: str, x: Tensor, weight: Tensor, silu: bool, run: Callable
 def _launch(kernel: Any, x: Tensor, arguments: dict[str, Any], tile: Tile, parts: int) -> None:
     language = _kernels().tl
     block_d = min(tile.block_d, 1 << (x.shape[1] - 1).bit_length())
-    blocks = _ceil_div(x.shape[1], block_d)
+    blocks = runtime.ceil_div(x.shape[1], block_d)
     more = {
         "blocks": blocks,
         "parts": parts,
@@ -238,7 +238,3 @@ def _launch(kernel: Any, x: Tensor, arguments: dict[str, Any], tile: Tile, parts
         "enable_fp_fusion": True,  # multiply-adds; later versions of Triton will want to be told
     }
     runtime.launch(kernel, x.shape[0] * blocks * parts, {**arguments, **more})
-
-
-def _ceil_div(size: int, part: int) -> int:
-    return -(-size // part)

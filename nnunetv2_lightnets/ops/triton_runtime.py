@@ -125,3 +125,8 @@ def on(device: torch.device) -> Any:
 def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     """Run a kernel on the current device and its current stream."""
     kernel[(programs,)](**arguments)
+
+
+def ceil_div(size: int, part: int) -> int:
+    """How many parts cover a size."""
+    return -(-size // part)

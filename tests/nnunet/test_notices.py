@@ -171,12 +171,20 @@ def test_one_process_of_several_names_the_backend(
     monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
-    monkeypatch.setattr(trainer_module, "warm_up", lambda *_: None)
+    prepared: list[int] = []
+
+    def warm_up(calls: Any, device: torch.device, say: Callable[[str], object]) -> None:
+        prepared.append(len(calls))
+        say("selective scan kernels")
+
+    monkeypatch.setattr(trainer_module, "warm_up", warm_up)
+    monkeypatch.setattr(notices, "device_memory", lambda device: 2**40)
     trainer = made("nnUNetTrainerLightMUNetT", [32, 32])
     said = _said(trainer)
     trainer.local_rank, trainer.device = 1, torch.device("cuda", 1)
     trainer.on_train_start()
     assert not any("selective scan" in line for line in said)
+    assert len(prepared) == 1 and prepared[0] > 0, "it prepares its own GPU, in silence"
     for module in (triton_scan, mamba_ssm):
         monkeypatch.setattr(module, "unavailable", lambda: "not here")
     dispatch.choose(types.SimpleNamespace(u=types.SimpleNamespace(device=torch.device("cuda"))))  # type: ignore[arg-type]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nnunetv2_lightnets.ops.selective_scan import chunked, probe, reference
+from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.ops.selective_scan import chunked, probe, reference, triton_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan, n_chunks
 
 CPU = torch.device("cpu")
@@ -94,3 +96,23 @@ def test_too_little_memory_says_nothing_about_a_backend() -> None:
 def test_a_default_device_changes_nothing() -> None:
     with torch.device("meta"):
         assert probe.fault("torch", "plain", chunked.forward, chunked.backward, CPU) is None
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_only_tiles_that_were_proved_are_taken(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For scans that are not measured, too."""
+    forward, backward = triton_scan.FORWARD[2:], triton_scan.BACKWARD[1:]
+    proof = triton_scan._Proof(None, forward, backward)
+    monkeypatch.setattr(triton_scan, "_proofs", {(0, kind): proof})
+    order = None if kind == "plain" else torch.zeros(1)
+    scan: Any = SimpleNamespace(u=SimpleNamespace(device=torch.device("cuda", 0)), order=order, published=False)
+    assert triton_scan._choose(scan, False, lambda tiles: None) == forward[0]
+    assert triton_scan._choose(scan, True, lambda tiles: None) == backward[0]
+
+
+def test_no_kernel_is_proved_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_scan, "_proofs", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(LightNetsError, match="run the network once, forwards and backwards, and record the graph then"):
+        triton_scan._proved(0, "plain")
+    assert not triton_scan._proofs

@@ -215,7 +215,7 @@ class _Prepared:
 
     def blocks(self, block_d: int) -> int:
         """Blocks of channels in all groups."""
-        return self.groups * _ceil_div(self.channels // self.groups, block_d)
+        return self.groups * runtime.ceil_div(self.channels // self.groups, block_d)
 
     def arguments(self, block_d: int, ahead: int) -> dict[str, Any]:
         """What every kernel over tokens takes."""
@@ -262,10 +262,6 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _ceil_div(size: int, part: int) -> int:
-    return -(-size // part)
-
-
 def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
     """The strides ``name_axis`` of a tensor as kernel arguments; 0 where it is absent and never touched."""
     names = [f"{name}_{axis}" for axis in axes.split()]
@@ -283,11 +279,11 @@ def _cut(length: int, programs: int, wanted: int) -> tuple[int, int]:
     Segments cost a second run over the tokens: with fewer than three, that would be no gain.
     """
     chunks = n_chunks(length)
-    segments = min(chunks, _ceil_div(wanted, programs))
+    segments = min(chunks, runtime.ceil_div(wanted, programs))
     if segments < 3:
         return 1, chunks * CHUNK
-    chunks_per_segment = _ceil_div(chunks, segments)
-    return _ceil_div(chunks, chunks_per_segment), chunks_per_segment * CHUNK
+    chunks_per_segment = runtime.ceil_div(chunks, segments)
+    return runtime.ceil_div(chunks, chunks_per_segment), chunks_per_segment * CHUNK
 
 
 def _starts(
@@ -304,7 +300,7 @@ def _starts(
         reverse: Whether the last segment comes first.
     """
     segments = ends.shape[1]
-    runs = 1 if segments <= _RUN else _ceil_div(segments, _RUN)
+    runs = 1 if segments <= _RUN else runtime.ceil_div(segments, _RUN)
     block_d = scan.channel_block(tiles.elements)
     arguments = {
         "ends": ends,
@@ -318,7 +314,7 @@ def _starts(
         "REVERSE": reverse,
         **scan.constants(block_d),
     }
-    programs = scan.sequences * runs * _ceil_div(scan.channels, block_d)
+    programs = scan.sequences * runs * runtime.ceil_div(scan.channels, block_d)
     if runs > 1:
         run_ends = scan.new(scan.sequences, runs, scan.states, scan.channels)
         run_sums = scan.new(scan.sequences, runs, scan.channels)
@@ -373,12 +369,12 @@ class _BackwardPlan:
     def __init__(self, scan: _Prepared, tiles: Tiles) -> None:
         self.tiles = tiles
         self.block_d = scan.channel_block(tiles.elements)
-        blocks = _ceil_div(scan.channels // scan.groups, self.block_d)
+        blocks = runtime.ceil_div(scan.channels // scan.groups, self.block_d)
         wanted = tiles.programs * runtime.multiprocessors(scan.u.device)
         rows = scan.sequences * scan.groups
         self.segments, self.segment_tokens = _cut(scan.length, rows * blocks, wanted)
         chunks = n_chunks(scan.length) if self.segments > 1 else 1
-        self.parts = min(blocks, _ceil_div(wanted, rows * chunks))
+        self.parts = min(blocks, runtime.ceil_div(wanted, rows * chunks))
         if self.segments > 1:
             self.segments, self.segment_tokens = _cut(scan.length, rows * self.parts, wanted)
 
