@@ -98,7 +98,7 @@ class BuildNative(_BuildCommand):
             (name, f"{flags} -DSUFFIX={name} {precision}", source, folder / f"{source}{name}{precision}.o")
             for name, flags in INSTRUCTION_SETS.items()
             for precision in ("", "-DDOUBLE")
-            for source in ("scan_kernel.c", "conv_kernel.c")
+            for source in ("scan_kernel.c", "conv_kernel.c", "mamba_kernel.c")
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             said = list(pool.map(lambda k: self.compile(k[2], k[1], k[3], optional=k[0] != "baseline"), kernels))

@@ -26,7 +26,7 @@ from nnunetv2_lightnets.ops.selective_scan.record import CHUNK
 
 LIBRARY = Path(__file__).resolve().parent / "liblightnets.so"
 INSTRUCTION_SET_VARIABLE = "NNUNET_LIGHTNETS_NATIVE_ISA"
-ABI = 2
+ABI = 3
 """Number of the interface below; as ``LN_ABI`` in csrc/lightnets.h, and raised with it."""
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -72,6 +72,21 @@ class ConvStruct(ctypes.Structure):
     )
 
 
+class MambaStruct(ctypes.Structure):
+    """``ln_mamba``."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch length channels inner states rank width outputs groups run threads"),
+        *_fields(ctypes.c_double, "group_eps norm_eps"),
+        *_fields(ctypes.c_void_p, "tokens group_weight group_bias norm_weight norm_bias in_weight conv_weight conv_bias"),
+        *_fields(ctypes.c_void_p, "x_weight dt_weight dt_bias A D out_weight skip_scale proj_weight proj_bias"),
+        *_fields(ctypes.c_void_p, "out run_states moments grad_out"),
+        *_fields(ctypes.c_void_p, "dtokens dgroup_weight dgroup_bias dnorm_weight dnorm_bias din_weight dconv_weight"),
+        *_fields(ctypes.c_void_p, "dconv_bias dx_weight ddt_weight ddt_bias dA dD dout_weight dskip_scale"),
+        *_fields(ctypes.c_void_p, "dproj_weight dproj_bias"),
+    )
+
+
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library with an instruction set chosen, or why there is none."""
@@ -94,7 +109,7 @@ def _load() -> ctypes.CDLL | str:
     library.ln_use_openmp.restype = None
     library.ln_use_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.ln_use_huge_pages.restype = None
-    for name, struct in (("scan", ScanStruct), ("conv", ConvStruct)):
+    for name, struct in (("scan", ScanStruct), ("conv", ConvStruct), ("mamba", MambaStruct)):
         for way in ("forward", "backward"):
             function = getattr(library, f"ln_{name}_{way}")
             function.argtypes = [ctypes.POINTER(struct), ctypes.c_int64]
@@ -112,7 +127,7 @@ def _other_interface(library: ctypes.CDLL) -> str | None:
 
     An editable install keeps its old library when the sources change.
     """
-    expected = [ABI, *(ctypes.sizeof(struct) for struct in (TensorStruct, ScanStruct, ConvStruct)), CHUNK]
+    expected = [ABI, *(ctypes.sizeof(struct) for struct in (TensorStruct, ScanStruct, ConvStruct, MambaStruct)), CHUNK]
     found: list[int] = []
     if hasattr(library, "ln_abi"):
         numbers = (ctypes.c_int64 * len(expected))()

@@ -6,14 +6,14 @@
 
 #include "lightnets.h"
 
-#define DECLARE(set)                                                        \
-    int scan_forward_f32_##set(const ln_scan *), scan_forward_f64_##set(const ln_scan *);   \
-    int scan_backward_f32_##set(const ln_scan *), scan_backward_f64_##set(const ln_scan *); \
-    int conv_forward_f32_##set(const ln_conv *), conv_forward_f64_##set(const ln_conv *);   \
-    int conv_backward_f32_##set(const ln_conv *), conv_backward_f64_##set(const ln_conv *);
-#define KERNELS(label, set)                                                                                \
-    {label, {scan_forward_f32_##set, scan_forward_f64_##set}, {scan_backward_f32_##set, scan_backward_f64_##set}, \
-     {conv_forward_f32_##set, conv_forward_f64_##set}, {conv_backward_f32_##set, conv_backward_f64_##set}}
+#define DECLARE_ONE(operation, set) \
+    int operation##_forward_f32_##set(const ln_##operation *), operation##_forward_f64_##set(const ln_##operation *), \
+        operation##_backward_f32_##set(const ln_##operation *), operation##_backward_f64_##set(const ln_##operation *);
+#define DECLARE(set) DECLARE_ONE(scan, set) DECLARE_ONE(conv, set) DECLARE_ONE(mamba, set)
+#define KERNELS_OF(operation, set)                                  \
+    {operation##_forward_f32_##set, operation##_forward_f64_##set}, \
+    {operation##_backward_f32_##set, operation##_backward_f64_##set}
+#define KERNELS(label, set) {label, KERNELS_OF(scan, set), KERNELS_OF(conv, set), KERNELS_OF(mamba, set)}
 
 DECLARE(baseline)
 #ifdef LN_AVX2
@@ -67,7 +67,7 @@ LN_PUBLIC int ln_choose(const char *name) {
 
 /* Tells the caller whether it speaks of the same types: the first `count` of LN_ABI, their sizes, and LN_CHUNK. */
 LN_PUBLIC void ln_abi(int64_t *numbers, int64_t count) {
-    const int64_t mine[] = {LN_ABI, sizeof(ln_tensor), sizeof(ln_scan), sizeof(ln_conv), LN_CHUNK};
+    const int64_t mine[] = {LN_ABI, sizeof(ln_tensor), sizeof(ln_scan), sizeof(ln_conv), sizeof(ln_mamba), LN_CHUNK};
     for (int64_t i = 0; i < count; i++) numbers[i] = i < (int64_t)(sizeof mine / sizeof mine[0]) ? mine[i] : 0;
 }
 
@@ -76,3 +76,5 @@ LN_PUBLIC int ln_scan_forward(const ln_scan *s, int64_t precision) { return kern
 LN_PUBLIC int ln_scan_backward(const ln_scan *s, int64_t precision) { return kernels->scan_backward[precision](s); }
 LN_PUBLIC int ln_conv_forward(const ln_conv *c, int64_t precision) { return kernels->conv_forward[precision](c); }
 LN_PUBLIC int ln_conv_backward(const ln_conv *c, int64_t precision) { return kernels->conv_backward[precision](c); }
+LN_PUBLIC int ln_mamba_forward(const ln_mamba *l, int64_t precision) { return kernels->mamba_forward[precision](l); }
+LN_PUBLIC int ln_mamba_backward(const ln_mamba *l, int64_t precision) { return kernels->mamba_backward[precision](l); }

@@ -6,6 +6,7 @@
 #ifndef LIGHTNETS_H
 #define LIGHTNETS_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -17,7 +18,7 @@
 
 /* The number of this interface. Raise it, and ABI in ops/native_library.py, with every change to what is exported: a
  * library that was built before is then refused, not called with what it would misread. */
-enum { LN_ABI = 2 };
+enum { LN_ABI = 3 };
 
 enum { LN_CHUNK = 64 }; /* tokens between two saved states; record.py knows the same number */
 
@@ -68,10 +69,43 @@ typedef struct {
     void *dweight, *dbias;
 } ln_conv;
 
+/* Arguments of a whole Mamba layer, all dense and in the compute precision:
+ *
+ *   x = relu(group_norm(tokens))  or tokens;   m = mamba(layer_norm(x))  or mamba(x);
+ *   out = proj(layer_norm(m + skip_scale x))  with the same layer norm,  or m
+ *
+ * mamba: in_weight gives u and the gate z; causal convolution and SiLU of u; x_weight gives dt, B and C; dt_weight the
+ * steps; scan; out_weight. Weights are (outputs, inputs). Group norm, layer norm and proj are left out where NULL. */
+typedef struct {
+    int64_t batch, length, channels, inner, states, rank, width, outputs, groups;
+    int64_t run; /* tokens that are computed at a time, a multiple of LN_CHUNK */
+    int64_t threads;
+    double group_eps, norm_eps;
+    const void *tokens; /* (batch, length, channels) */
+    const void *group_weight, *group_bias, *norm_weight, *norm_bias; /* (channels) */
+    const void *in_weight, *conv_weight, *conv_bias; /* (2 inner, channels), (inner, width), (inner) */
+    const void *x_weight, *dt_weight, *dt_bias;      /* (rank + 2 states, inner), (inner, rank), (inner) */
+    const void *A, *D, *out_weight;                  /* (inner, states), (inner), (channels, inner) */
+    const void *skip_scale, *proj_weight, *proj_bias; /* (1), (outputs, channels), (outputs) */
+    void *out;        /* (batch, length, outputs) */
+    void *run_states; /* (batch, runs, states, inner): before each run; may be NULL in the forward call */
+    void *moments;    /* (batch, groups, 2): mean and reciprocal deviation */
+
+    /* The backward call alone; gradients of parameters in the order and shapes of those above. */
+    const void *grad_out;
+    void *dtokens, *dgroup_weight, *dgroup_bias, *dnorm_weight, *dnorm_bias, *din_weight, *dconv_weight, *dconv_bias;
+    void *dx_weight, *ddt_weight, *ddt_bias, *dA, *dD, *dout_weight, *dskip_scale, *dproj_weight, *dproj_bias;
+} ln_mamba;
+
+typedef _Atomic int64_t ln_count;
+
 /* Runs task(context, 0 .. tasks - 1, scratch) on at most `threads` threads; each has its own 64-byte aligned scratch.
  * Tasks are handed out in order; which thread gets which is not defined. Returns LN_OK or LN_NO_MEMORY. */
 typedef void (*ln_task)(const void *context, int64_t task, void *scratch);
 int ln_parallel(int64_t threads, int64_t tasks, size_t scratch_bytes, ln_task task, const void *context);
+
+/* Waits until `*count` has reached `target`, which a task that was handed out before brings about. */
+void ln_wait(ln_count *count, int64_t target);
 
 /* malloc for scratch of any size, aligned to 64 bytes at least. */
 void *ln_allocate(size_t bytes);
@@ -83,6 +117,8 @@ typedef struct {
     int (*scan_backward[2])(const ln_scan *);
     int (*conv_forward[2])(const ln_conv *);
     int (*conv_backward[2])(const ln_conv *);
+    int (*mamba_forward[2])(const ln_mamba *);
+    int (*mamba_backward[2])(const ln_mamba *);
 } ln_kernels;
 
 #endif

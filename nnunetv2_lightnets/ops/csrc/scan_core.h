@@ -5,7 +5,7 @@
  * Lanes are channels. One vector of channels and a group of its states are carried through all tokens of a tile before
  * the next, so that h stays in registers. `A` holds A log2(e): exp(dt A) is then one multiplication and exp2.
  *
- * Tiles: dt, x, y, gy, dx, ddt (token, WIDTH); B, C (token, states); A, h and the like (states, WIDTH).
+ * Tiles: dt, x, y, gy, dx, ddt (token, WIDTH); B, C (token, row); A, h and the like (states, WIDTH).
  */
 #ifndef LN_SCAN_CORE_H
 #define LN_SCAN_CORE_H
@@ -26,6 +26,7 @@ enum { STATE_PADDING = 4 }; /* a multiple of both groups */
 typedef struct {
     int tokens;    /* backward: a multiple of TOKENS_BACKWARD */
     int states;    /* a multiple of STATE_PADDING */
+    int64_t row;   /* from one token to the next in B and C */
     int registers; /* vectors per row that hold channels, 1 .. REGISTERS */
     bool clamp;    /* dt A may leave the range of exp2 */
     const real *A, *dt, *x, *B, *C;
@@ -47,7 +48,7 @@ INLINE int index_dB(int states, int t, int n) {
 }
 
 INLINE void forward_group(const ln_tile *k, int r, int n, const bool clamp) {
-    const int states = k->states, tokens = k->tokens;
+    const int tokens = k->tokens;
     const real *dt_row = k->dt + r * LANES, *x_row = k->x + r * LANES, *B = k->B + n, *C = k->C + n;
     real *y_row = k->y + r * LANES;
     vec A[GROUP_FORWARD], h[GROUP_FORWARD];
@@ -55,7 +56,7 @@ INLINE void forward_group(const ln_tile *k, int r, int n, const bool clamp) {
         A[j] = load(k->A + (n + j) * WIDTH + r * LANES);
         h[j] = load(k->h + (n + j) * WIDTH + r * LANES);
     }
-    for (int t = 0; t < tokens; t++, dt_row += WIDTH, x_row += WIDTH, y_row += WIDTH, B += states, C += states) {
+    for (int t = 0; t < tokens; t++, dt_row += WIDTH, x_row += WIDTH, y_row += WIDTH, B += k->row, C += k->row) {
         const vec dt = load(dt_row), x = load(x_row);
         vec y = n ? load(y_row) : splat(0);
         UNROLL for (int j = 0; j < GROUP_FORWARD; j++) {
@@ -86,7 +87,7 @@ INLINE void backward_group(const ln_tile *k, int r, int n, const bool clamp) {
             store(history + j * LANES, h[j]);
             h[j] = a * h[j] + x * B[j];
         }
-        dt_row += WIDTH, x_row += WIDTH, history += ROW, decay += ROW, B += states, C += states;
+        dt_row += WIDTH, x_row += WIDTH, history += ROW, decay += ROW, B += k->row, C += k->row;
     }
     UNROLL for (int j = 0; j < GROUP; j++) store(history + j * LANES, h[j]);
 
@@ -96,7 +97,7 @@ INLINE void backward_group(const ln_tile *k, int r, int n, const bool clamp) {
         vec sums[LANES]; /* of each token: dB of the group, then dC */
         UNROLL for (int i = TOKENS_BACKWARD - 1; i >= 0; i--) {
             dt_row -= WIDTH, x_row -= WIDTH, gy_row -= WIDTH, dx_row -= WIDTH, ddt_row -= WIDTH;
-            history -= ROW, decay -= ROW, B -= states, C -= states;
+            history -= ROW, decay -= ROW, B -= k->row, C -= k->row;
             const vec dt = load(dt_row), x = load(x_row), gy = load(gy_row);
             vec dx = n ? load(dx_row) : splat(0), ddt = n ? load(ddt_row) : splat(0);
             UNROLL for (int j = 0; j < GROUP; j++) {
@@ -126,7 +127,7 @@ INLINE void output_group(const ln_tile *k, int r, int n) {
     for (int t = 0; t < k->tokens; t++) {
         const real *h = k->history + (t + 1) * GROUP_BACKWARD * LANES;
         vec y = n ? load(k->y + t * WIDTH + r * LANES) : splat(0);
-        UNROLL for (int j = 0; j < GROUP_BACKWARD; j++) y += k->C[t * k->states + n + j] * load(h + j * LANES);
+        UNROLL for (int j = 0; j < GROUP_BACKWARD; j++) y += k->C[t * k->row + n + j] * load(h + j * LANES);
         store(k->y + t * WIDTH + r * LANES, y);
     }
 }
@@ -140,7 +141,7 @@ INLINE void adjoint_group(const ln_tile *k, int r, int n, const bool clamp) {
     }
     for (int t = k->tokens - 1; t >= 0; t--) {
         const vec dt = load(k->dt + t * WIDTH + r * LANES), gy = load(k->gy + t * WIDTH + r * LANES);
-        const real *C = k->C + t * k->states + n;
+        const real *C = k->C + t * k->row + n;
         UNROLL for (int j = 0; j < GROUP_FORWARD; j++) dh[j] = exp2_of(dt * A[j], clamp) * (dh[j] + C[j] * gy);
     }
     UNROLL for (int j = 0; j < GROUP_FORWARD; j++) store(k->dh + (n + j) * WIDTH + r * LANES, dh[j]);

@@ -10,7 +10,7 @@
  */
 #include <stdlib.h>
 
-#include "scan_core.h"
+#include "scan_rows.h"
 
 typedef struct {
     const ln_scan *s;
@@ -61,19 +61,7 @@ static ln_tokens tokens_of(const ln_scan *s, int64_t direction, int64_t chunk) {
 
 /* ---- Scratch of a task ---- */
 
-/* A block of channels: its parameters, and what it carries from chunk to chunk. */
-typedef struct {
-    int64_t channel;         /* in the image */
-    int64_t row;             /* in A, D, delta_bias */
-    int channels, registers; /* 1 .. WIDTH, 1 .. REGISTERS */
-    real steepest;           /* max |A log2(e)| */
-    real *A;                 /* (states, WIDTH), times log2(e) */
-    real *state;             /* (states, WIDTH): h; in the backward pass dh */
-    real *dA;                /* (states, WIDTH) */
-    real *D, *bias, *dD, *dbias, *dt_sum; /* (WIDTH) */
-} block;
-
-enum { TILE = LN_CHUNK * WIDTH, TILES = 10 };
+enum { TILES = 10 };
 enum { DECAY = LN_CHUNK * GROUP_BACKWARD * LANES, HISTORY = DECAY + GROUP_BACKWARD * LANES };
 
 typedef struct {
@@ -248,12 +236,6 @@ static void leave_segment(const plan *p, const block *k, int64_t b, int64_t dire
 
 /* ---- Rows of a block, in tensors or in tiles ---- */
 
-/* Row t, of the channels of a block, begins at base + at[t]; the same row of the chunk to come at base + next[t]. */
-typedef struct {
-    real *base;
-    const int64_t *at, *next;
-} rows;
-
 /* A tensor's rows in this chunk and the next one, counted from its first channel. */
 typedef struct {
     const ln_tensor *x;
@@ -295,66 +277,13 @@ static void finish_rows(const row_offsets *o, const block *k, const ln_tokens *t
         write_tile(tile, o->x, o->outer + k->channel * o->x->channel, k->channels, tokens, add);
 }
 
-INLINE vec row_load(rows x, int t, int r) { return load_loose(x.base + x.at[t] + r * LANES); }
-INLINE void row_store(rows x, int t, int r, vec v) { store_loose(x.base + x.at[t] + r * LANES, v); }
-
-/* A chunk's rows are far apart in memory, which the processor's own prefetching does not see through. */
-INLINE void prefetch(rows x, int t) { __builtin_prefetch(x.base + x.next[t], 0, 2); }
-INLINE void prefetch_to_write(rows x, int t) { __builtin_prefetch(x.base + x.next[t], 1, 2); }
-
-/* ---- Element-wise work around the recurrence ---- */
-
-/* dt = softplus(delta + bias), x = dt u, slope = d dt / d delta where asked for. Returns max |dt|. */
-static real prepare(real *restrict dt_tile, real *restrict x_tile, real *restrict slope_tile, rows delta, rows u,
-                    const block *k, int tokens, bool softplus) {
-    vec most = splat(0);
-    for (int r = 0; r < k->registers; r++) {
-        const vec bias = load(k->bias + r * LANES);
-        real *dt = dt_tile + r * LANES, *x = x_tile + r * LANES, *slope = slope_tile + r * LANES;
-        for (int t = 0; t < tokens; t++) {
-            const vec v = row_load(delta, t, r) + bias;
-            store(dt + t * WIDTH, v);
-            if (softplus) store(x + t * WIDTH, folded_exp(v));
-            if (r == 0) prefetch(delta, t);
-        }
-        if (softplus && slope_tile)
-            for (int t = 0; t < tokens; t++)
-                store(slope + t * WIDTH, sigmoid_from(load(dt + t * WIDTH), load(x + t * WIDTH)));
-        if (softplus)
-            for (int t = 0; t < tokens; t++)
-                store(dt + t * WIDTH, softplus_from(load(dt + t * WIDTH), load(x + t * WIDTH)));
-        for (int t = 0; t < tokens; t++) {
-            const vec v = load(dt + t * WIDTH);
-            store(x + t * WIDTH, v * row_load(u, t, r));
-            most = at_least(magnitude(v), most);
-            if (r == 0) prefetch(u, t);
-        }
-    }
-    real result = 0;
-    for (int i = 0; i < LANES; i++)
-        if (!(most[i] <= result)) result = most[i];
-    return result;
-}
+/* ---- Forward ---- */
 
 static void add_up_dt(const block *k, const real *dt, int tokens) {
     for (int r = 0; r < k->registers; r++) {
         vec sum = load(k->dt_sum + r * LANES);
         for (int t = 0; t < tokens; t++) sum += load(dt + t * WIDTH + r * LANES);
         store(k->dt_sum + r * LANES, sum);
-    }
-}
-
-/* gate = sigmoid(z) */
-static void open_gate(real *restrict gate, rows z, const block *k, int tokens) {
-    for (int r = 0; r < k->registers; r++) {
-        for (int t = 0; t < tokens; t++) {
-            store(gate + t * WIDTH + r * LANES, folded_exp(row_load(z, t, r)));
-            if (r == 0) prefetch(z, t);
-        }
-        for (int t = 0; t < tokens; t++) {
-            real *at = gate + t * WIDTH + r * LANES;
-            store(at, sigmoid_from(row_load(z, t, r), load(at)));
-        }
     }
 }
 
@@ -371,56 +300,7 @@ static void finish_forward(rows out, const real *y, rows u, rows z, const real *
     }
 }
 
-/* gy = grad_out times z sigmoid(z) where a gate is given; gate becomes what y has to be multiplied with to be dz. */
-static void gradient_of_y(real *restrict gy, real *restrict gate, rows grad_out, rows z, const block *k, int tokens) {
-    for (int r = 0; r < k->registers; r++)
-        for (int t = 0; t < tokens; t++) {
-            const int at = t * WIDTH + r * LANES;
-            vec g = row_load(grad_out, t, r);
-            if (r == 0) prefetch(grad_out, t);
-            if (gate) {
-                const vec v = row_load(z, t, r), sigmoid = load(gate + at);
-                store(gate + at, g * sigmoid * (1 + v * (1 - sigmoid)));
-                g *= v * sigmoid;
-            }
-            store(gy + at, g);
-        }
-}
-
-/* Results of the backward walk of a block, and where its gradients go. */
-typedef struct {
-    real *dx, *ddt, *dt, *gy, *slope, *y, *gate; /* tiles; slope, y and gate may be NULL */
-    rows u, du, ddelta, dz;
-    bool add; /* to du */
-} walked;
-
-static void finish_backward(const walked *w, const block *k, int tokens) {
-    for (int r = 0; r < k->registers; r++) {
-        const vec D = load(k->D + r * LANES);
-        vec dD = splat(0), dbias = splat(0);
-        for (int t = 0; t < tokens; t++) {
-            const int at = t * WIDTH + r * LANES;
-            const vec gy = load(w->gy + at), u = row_load(w->u, t, r), dx = load(w->dx + at);
-            vec du = dx * load(w->dt + at) + D * gy, ddelta = load(w->ddt + at) * (real)LN_2 + dx * u;
-            if (w->slope) ddelta *= load(w->slope + at);
-            if (w->gate) row_store(w->dz, t, r, load(w->gate + at) * (load(w->y + at) + D * u));
-            if (w->add) du += row_load(w->du, t, r);
-            row_store(w->du, t, r, du);
-            row_store(w->ddelta, t, r, ddelta);
-            if (r == 0) prefetch_to_write(w->du, t), prefetch_to_write(w->ddelta, t);
-            dD += gy * u;
-            dbias += ddelta;
-        }
-        store(k->dD + r * LANES, load(k->dD + r * LANES) + dD);
-        store(k->dbias + r * LANES, load(k->dbias + r * LANES) + dbias);
-    }
-}
-
-/* ---- Forward ---- */
-
 static int64_t offset_of(const ln_tensor *x, int64_t b, int64_t outer) { return b * x->batch + outer * x->outer; }
-
-static bool may_leave_range(real most, const block *k) { return !(most * k->steepest < EXPONENT_RANGE - 1); }
 
 static void forward_task(const void *context, int64_t task, void *scratch) {
     const plan *p = context;
@@ -450,7 +330,7 @@ static void forward_task(const void *context, int64_t task, void *scratch) {
                                           tokens.count, s->softplus);
                 if (s->checkpoints)
                     save_states(p, k, k->state, states_at(p, s->checkpoints, my.b, direction, p->chunks, chunk));
-                scan_tile(&(ln_tile){.tokens = tokens.count, .states = p->padded, .registers = k->registers,
+                scan_tile(&(ln_tile){.tokens = tokens.count, .states = p->padded, .row = p->padded, .registers = k->registers,
                                      .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = m.B, .C = m.C,
                                      .h = k->state, .y = y});
                 rows z_rows = {0};
@@ -487,7 +367,7 @@ static void forward_segment(const void *context, int64_t task, void *scratch) {
                 const real most = prepare(dt, x, NULL, read_rows(&delta, k, &tokens, m.tile[3], &m),
                                           read_rows(&u, k, &tokens, m.tile[4], &m), k, tokens.count, s->softplus);
                 add_up_dt(k, dt, tokens.count);
-                scan_tile(&(ln_tile){.tokens = tokens.count, .states = p->padded, .registers = k->registers,
+                scan_tile(&(ln_tile){.tokens = tokens.count, .states = p->padded, .row = p->padded, .registers = k->registers,
                                      .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = m.B, .C = m.B,
                                      .h = k->state, .y = unused});
             }
@@ -499,10 +379,6 @@ static void forward_segment(const void *context, int64_t task, void *scratch) {
 
 /* ---- Backward ---- */
 
-static void zero_rows(real *tile, int from, int to) {
-    memset(tile + from * WIDTH, 0, sizeof(real) * (size_t)((to - from) * WIDTH));
-}
-
 /* dB and dC of range 0 go straight to their tensors, those of the others to scratch, to be added afterwards. */
 static ln_tensor partial_of(const plan *p, const ln_tensor *d, int which, int64_t range) {
     if (range == 0) return *d;
@@ -510,16 +386,6 @@ static ln_tensor partial_of(const plan *p, const ln_tensor *d, int which, int64_
     const int64_t matrix = s->length * s->states, outer = outer_count(s);
     return (ln_tensor){p->partial_dBC + ((range - 1) * 2 + which) * s->batch * outer * matrix,
                        outer * matrix, matrix, 1, s->states, REAL_DTYPE};
-}
-
-/* From blocks of sums, see index_dB, to rows of states. */
-static void sort_dBC(const plan *p, const memory *m, int tokens) {
-    for (int t = 0; t < tokens; t++)
-        for (int n = 0; n < p->padded; n += GROUP_BACKWARD) {
-            const real *sums = m->dBC + index_dB(p->padded, t, n);
-            memcpy(m->dB + t * p->padded + n, sums, sizeof(real) * GROUP_BACKWARD);
-            memcpy(m->dC + t * p->padded + n, sums + GROUP_BACKWARD, sizeof(real) * GROUP_BACKWARD);
-        }
 }
 
 /* The walk that carries dh alone, from zero; the first segment has no one to tell. */
@@ -548,7 +414,7 @@ static void backward_segment(const void *context, int64_t task, void *scratch) {
                 gradient_of_y(gy, gate, read_rows(&grad_out, k, &tokens, m.tile[6], &m), z_rows, k, tokens.count);
                 const real most = prepare(dt, unused, NULL, steps, steps, k, tokens.count, s->softplus);
                 add_up_dt(k, dt, tokens.count);
-                scan_tile_adjoint(&(ln_tile){.tokens = tokens.count, .states = p->padded, .registers = k->registers,
+                scan_tile_adjoint(&(ln_tile){.tokens = tokens.count, .states = p->padded, .row = p->padded, .registers = k->registers,
                                              .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .C = m.C, .gy = gy,
                                              .dh = k->state});
             }
@@ -601,7 +467,7 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
                                           tokens.count, s->softplus);
                 zero_rows(dt, tokens.count, count), zero_rows(x, tokens.count, count), zero_rows(gy, tokens.count, count);
                 load_states(p, k, m.h, states_at(p, s->checkpoints, my.b, direction, p->chunks, chunk));
-                scan_tile_backward(&(ln_tile){.tokens = count, .states = p->padded, .registers = k->registers,
+                scan_tile_backward(&(ln_tile){.tokens = count, .states = p->padded, .row = p->padded, .registers = k->registers,
                                               .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = m.B,
                                               .C = m.C, .h = m.h, .y = y, .gy = gy, .dh = k->state, .dx = dx, .ddt = ddt,
                                               .dA = k->dA, .dBC = m.dBC, .history = m.history, .decay = m.decay});
@@ -614,7 +480,7 @@ static void backward_task(const void *context, int64_t task, void *scratch) {
                 finish_rows(&ddelta, k, &tokens, ddt, false);
                 if (gate) finish_rows(&dz, k, &tokens, y, false);
             }
-            sort_dBC(p, &m, tokens.count);
+            sort_dBC(m.dBC, m.dB, m.dC, p->padded, p->padded, tokens.count);
             write_states(m.dB, &dB, offset_of(&dB, my.b, outer), (int)s->states, p->padded, &tokens);
             write_states(m.dC, &dC, offset_of(&dC, my.b, outer), (int)s->states, p->padded, &tokens);
             tokens = coming;

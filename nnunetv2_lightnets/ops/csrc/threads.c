@@ -9,12 +9,15 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "lightnets.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
+
+enum { SPINS = 1000 }; /* some ten microseconds */
 
 typedef void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
 
@@ -48,13 +51,14 @@ static void work(void *argument) {
     _mm_setcsr(control | 0x8040);
 #endif
     for (;;) {
-        const int64_t task = atomic_fetch_add(&t->next, 1);
-        if (task >= t->tasks) break;
+        /* Before a task is taken: others may wait for it. */
         if (!scratch) scratch = ln_allocate(t->scratch_bytes);
         if (!scratch) {
             atomic_store(&t->status, LN_NO_MEMORY);
             break;
         }
+        const int64_t task = atomic_fetch_add(&t->next, 1);
+        if (task >= t->tasks) break;
         t->task(t->context, task, scratch);
     }
     free(scratch);
@@ -66,6 +70,16 @@ static void work(void *argument) {
 static void *work_of_thread(void *argument) {
     work(argument);
     return NULL;
+}
+
+/* A thread that waits for long lets others have its processor: the one that it waits for may have none. */
+void ln_wait(ln_count *count, int64_t target) {
+    for (int64_t turn = 0; atomic_load_explicit(count, memory_order_acquire) < target; turn++) {
+        if (turn > SPINS) nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+#if defined(__SSE__)
+        else _mm_pause();
+#endif
+    }
 }
 
 int ln_parallel(int64_t threads, int64_t tasks, size_t scratch_bytes, ln_task task, const void *context) {
