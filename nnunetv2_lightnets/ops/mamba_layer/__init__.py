@@ -21,7 +21,8 @@ __all__ = ["Layer", "mamba_layer"]
 def mamba_layer(layer: Layer) -> Tensor:
     """Compute a Mamba layer run by run of its tokens, forwards, and backwards from the last run to the first.
 
-    With ``mamba`` as in :class:`nnunetv2_lightnets.networks.mamba.Mamba`, and steps whose parameters are None left out::
+    With ``mamba`` as in :class:`nnunetv2_lightnets.networks.mamba.Mamba`; steps whose parameters are None are left
+    out::
 
         x = relu(group_norm(tokens))
         out = mamba(layer_norm(x))
@@ -35,7 +36,7 @@ def mamba_layer(layer: Layer) -> Tensor:
         (B, L, Co) in the dtype of the tokens; under autocast in its dtype, or in float32 without ``proj_weight``.
 
     Raises:
-        LightNetsError: For shapes, dtypes or devices that do not fit, or a forced scan backend that cannot take the call.
+        LightNetsError: For shapes, dtypes or devices that do not fit, or a forced scan backend that cannot take it.
     """
     fields = operator.arguments(layer)
     tensors = layer.tensors()

@@ -83,7 +83,7 @@ class _Prepared:
         )
         self.skip_scale = None if layer.skip_scale is None else layer.skip_scale.to(dtype)
         self.A, self.D, self.dt_bias = -layer.A_log.to(scan).exp(), layer.D.to(scan), layer.dt_bias.to(scan)
-        self.split = layer.dt_weight.shape[1], layer.A_log.shape[1], layer.A_log.shape[1]
+        self.split = [layer.dt_weight.shape[1], layer.A_log.shape[1], layer.A_log.shape[1]]
         # Of the group norm, (B, 1, C): scale and shift with its parameters, and without.
         self.group: tuple[Tensor, ...] | None = None
         if layer.group_weight is not None and layer.group_bias is not None:
@@ -112,7 +112,7 @@ class _Scan:
     """The scan's arguments and results for a run, in the scan's dtype, (b, D, T) and (b, 1, N, T)."""
 
     def __init__(self, prepared: _Prepared, u: Tensor, z: Tensor, coefficients: Tensor, state: Tensor | None) -> None:
-        dt, b, c = coefficients.split(prepared.split, dim=-1)
+        dt, b, c = torch.split(coefficients, prepared.split, dim=-1)
         delta = F.linear(dt, prepared.dt_weight)
         u, delta, b, c, z = (x.to(prepared.scan_dtype).transpose(1, 2) for x in (u, delta, b, c, z))
         self.fields = (
@@ -140,15 +140,15 @@ def forward(layer: Layer, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if layer.group_weight is not None:
         torch.stack(moments(layer.tokens, layer.groups, layer.group_eps), 2, out=stats)
     out, prepared = layer.new_output(), _Prepared(layer, stats)
-    states, state = [], None
+    states: list[Tensor] = []
+    state: Tensor | None = None
     for run in _runs(layer):
         if not run.start:
             state = None
-        elif save:
+        elif save and state is not None:
             states.append(state)
         state = _run_forward(prepared, run, state, run.of(out))
-    empty = stats.new_empty(0)
-    return out, torch.cat(states).flatten() if states else empty, stats
+    return out, torch.cat(states).flatten() if states else stats.new_empty(0), stats
 
 
 def _run_forward(prepared: _Prepared, run: _Run, state: Tensor | None, out: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _run_forward(prepared: _Prepared, run: _Run, state: Tensor | None, out: Tens
     layer = prepared.layer
     before = min(run.start, layer.history)
     x = prepared.activated(run, before)
-    xi, z = F.linear(prepared.normalised(x)[0], prepared.in_weight).split(layer.channels, -1)
+    xi, z = F.linear(prepared.normalised(x)[0], prepared.in_weight).chunk(2, -1)
     u = causal_conv1d(xi.transpose(1, 2), layer.conv_weight, layer.conv_bias, activation="silu").transpose(1, 2)[
         :, before:
     ]
@@ -262,7 +262,7 @@ def _run_backward(
     # Forwards, as far as the scan's output.
     x = prepared.activated(run, before)
     n, mean, rstd = prepared.normalised(x)
-    xi, z = F.linear(n, prepared.in_weight).split(layer.channels, -1)
+    xi, z = F.linear(n, prepared.in_weight).chunk(2, -1)
     u = causal_conv1d(xi.transpose(1, 2), layer.conv_weight, layer.conv_bias, activation="silu").transpose(1, 2)[
         :, before:
     ]
@@ -280,11 +280,11 @@ def _run_backward(
         dm = grad.to(dtype)
     else:
         mixed = F.linear(y, prepared.out_weight).addcmul_(x, prepared.skip_scale)
-        normalised, *moments_of_mixed = prepared.normalised(mixed)
+        normalised, mixed_mean, mixed_rstd = prepared.normalised(mixed)
         grad = grad.to(product)
         sums.add_product("proj_weight", grad, normalised, "proj_bias" if layer.proj_bias is not None else "")
         del normalised
-        dm = _norm_backward(prepared, grad @ prepared.proj_weight, mixed, *moments_of_mixed, sums)
+        dm = _norm_backward(prepared, grad @ prepared.proj_weight, mixed, mixed_mean, mixed_rstd, sums)
         del mixed
         sums.add(skip_scale=(dm * x).sum(dtype=scan_dtype))
         dx = dm * prepared.skip_scale
@@ -316,7 +316,7 @@ def _run_backward(
         dxi[:, dxi.shape[1] - layer.history :] += later[1]
     earlier = dxi[:, :before].clone()
     dxi, dz = dxi[:, before:], dz.to(product)
-    x_part, z_part = prepared.in_weight.split(layer.channels)
+    x_part, z_part = prepared.in_weight.chunk(2)
     sums.add(in_weight=torch.cat([part.flatten(0, 1).t() @ n.flatten(0, 1) for part in (dxi, dz)]))
     dn = (dxi @ x_part).add_(dz @ z_part)
     del dz, n
