@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_lightnets import LightNetsError
 from nnunetv2_lightnets.ops import causal_conv1d, mamba_layer, selective_scan, use_backend
 from nnunetv2_lightnets.ops.flops import register_flop_formulas
-from nnunetv2_lightnets.ops.library import WORKSPACE
 from nnunetv2_lightnets.ops.mamba_layer import Layer, by_torch, native, operator
 from nnunetv2_lightnets.ops.mamba_layer.record import TENSORS
 from nnunetv2_lightnets.ops.selective_scan import chunked, reference
@@ -143,8 +142,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         assert found[name].shape == wanted.shape and found[name].dtype == wanted.dtype, name
-        error = (found[name].double() - wanted.double()).abs().max() / wanted.double().abs().max()
-        assert error <= tolerance, (name, error.item())
+        error, scale = (found[name].double() - wanted.double()).abs().max(), wanted.double().abs().max()
+        assert error <= tolerance * scale, (name, (error / scale).item())
 
 
 # ---- Values and gradients ----
@@ -207,12 +206,13 @@ def test_gradients_are_those_of_the_function(without):
 
 
 def test_large_offsets_keep_their_digits():
-    """Tokens whose mean is 50 times their deviation: the group norm's moments are exact, and so are its gradients."""
+    """Tokens whose mean is 50 times their deviation: no more digits are lost than these have."""
     layer = make(1, 600, dtype=torch.float32)
     layer = replace(layer, tokens=(layer.tokens + 50).detach().requires_grad_())
     exact = replace(layer, **{n: getattr(layer, n).detach().double().requires_grad_() for n in TENSORS})
-    expected = {name: x.float() for name, x in gradients(plain, exact).items()}
-    assert_equal(gradients(mamba_layer, layer), expected, 2e-4)
+    found, expected = gradients(mamba_layer, layer), gradients(plain, exact)
+    del found["skip_scale"], expected["skip_scale"]  # a sum of which little is left, whatever computes it
+    assert_equal(found, {name: x.float() for name, x in expected.items()}, 1e-4)
 
 
 @pytest.mark.usefixtures("short_runs")
@@ -295,8 +295,6 @@ class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        import weakref
-
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
             return

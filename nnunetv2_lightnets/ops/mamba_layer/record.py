@@ -136,7 +136,7 @@ class Layer:
                     f"mamba_layer: {name} is on {tensor.device} and tokens are on {self.tokens.device}; "
                     f"move the module or the input"
                 )
-            if self.low is None and tensor.dtype != self.tokens.dtype and tensor.dim() == 2 and name != "A_log":
+            if self.low is None and name in PROJECTIONS and tensor.dtype != self.tokens.dtype:
                 raise LightNetsError(
                     f"mamba_layer: {name} is {tensor.dtype} and tokens are {self.tokens.dtype}; "
                     f"convert the module or the input"
@@ -149,3 +149,4 @@ class Layer:
 
 
 TENSORS = tuple(field.name for field in fields(Layer))[:17]
+PROJECTIONS = ("in_weight", "x_weight", "dt_weight", "out_weight", "proj_weight")  # applied to every token
