@@ -98,7 +98,7 @@ def make(
 
 def plain(layer: Layer) -> Tensor:
     """The layer step by step for all tokens at once, as networks were written before."""
-    channels, inner, state = layer.tokens.shape[2], *layer.A_log.shape
+    channels, state = layer.tokens.shape[2], layer.A_log.shape[1]
     wide = torch.float64 if layer.tokens.dtype == torch.float64 else torch.float32
     product = layer.low or layer.tokens.dtype
     dtype = layer.tokens.dtype if layer.low is None else wide
