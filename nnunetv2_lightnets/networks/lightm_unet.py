@@ -12,7 +12,7 @@ scan read contiguous rows. What torch wants as (B, C, *spatial) gets a channels-
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,12 +21,21 @@ from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
-from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream, at_least_float32, full_precision, is_autocast
+from nnunetv2_lightnets.networks.mamba import Mamba, at_least_float32, full_precision, is_autocast
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
+from nnunetv2_lightnets.ops import mamba_layer
+from nnunetv2_lightnets.ops.token_moments import (
+    FULL_PRECISION,
+    input_gradient,
+    is_cpu_code,
+    moments,
+    per_channel,
+    scale_and_shift,
+    token_blocks,
+)
 
 NORM_GROUPS = 8
-FULL_PRECISION = (torch.float32, torch.float64)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -39,20 +48,10 @@ def to_grid(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
     return tokens.reshape(tokens.shape[0], *spatial, tokens.shape[2]).movedim(-1, 1)
 
 
-def token_blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
-    """Slices of the L tokens (B, L, C) such that a block with ``widest`` channels is 4 MB of float32.
-
-    All tensors of such a block are about 15 MB: small enough for the caches and for memory that the process keeps, and
-    large enough that calling the operations costs little.
-    """
-    step = max(256, 2**20 // (tokens.shape[0] * widest))
-    return (slice(start, start + step) for start in range(0, tokens.shape[1], step))
-
-
 def computes_in_blocks(tokens: Tensor) -> bool:
-    """Whether layers run block by block: for prediction on a CPU, where moving tokens costs more than computing.
+    """Whether norms run block by block: for prediction on a CPU, where moving tokens costs more than computing.
 
-    Tensors that stand for others, as in compilers and counters of operations, see the layer as a whole.
+    Tensors that stand for others, as in compilers and counters of operations, see the norm as a whole.
     """
     return (
         type(tokens) is Tensor
@@ -67,10 +66,9 @@ def computes_in_blocks(tokens: Tensor) -> bool:
 class TokenGroupNorm(nn.Module):
     """Group norm over tokens (B, L, C), followed by ReLU, in float32 at least, which is its result under autocast.
 
-    Torch's own copies tokens to channels-first and back or, given a channels-last view on a CPU, adds up so many
-    squares in a row that its result is off by 6e-5 at 64^3 voxels, and by 2e-3 if their mean is 10. Here tokens are
-    read as they lie. Compiled code reads them twice and writes once forwards; it reads tokens and gradient twice and
-    writes once backwards, but for ReLU's mask. Without a compiler there are more passes: see :class:`_GroupNorm`.
+    Tokens are read as they lie (see ``ops/token_moments.py``). Compiled code reads them twice and writes once forwards;
+    it reads tokens and gradient twice and writes once backwards, but for ReLU's mask. Without a compiler there are more
+    passes: see :class:`_GroupNorm`.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -94,47 +92,9 @@ class TokenGroupNorm(nn.Module):
         scale, shift = scale_and_shift(*self.moments(tokens), self.weight, self.bias)
         return lambda block: torch.addcmul(shift, block, scale).relu_()
 
-    @torch.no_grad()
     def moments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal standard deviation (B, G), merged from those of channels (Chan et al., 1983).
-
-        On a CPU, those of channels are merged from those of blocks.
-        """
-        if not _is_cpu_code(tokens):
-            of_channels = torch.var_mean(at_least_float32(tokens), 1, correction=0)
-            var, mean = (x.reshape(tokens.shape[0], NORM_GROUPS, -1) for x in of_channels)  # (B, G, C / G)
-            group_mean = mean.mean(2, keepdim=True)
-            group_var = (var + (mean - group_mean).square()).mean(2)
-            return group_mean.squeeze(2), torch.rsqrt(group_var + self.eps)
-        means, variances, shares = [], [], []
-        for block in token_blocks(tokens, tokens.shape[2]):
-            x = tokens[:, block]
-            mean = x.mean(1, keepdim=True)  # (B, 1, C)
-            means.append(mean)
-            variances.append((x - mean).square_().mean(1, keepdim=True))
-            shares.append(x.shape[1] / tokens.shape[1])
-        grouped = (tokens.shape[0], len(shares), NORM_GROUPS, -1)  # (B, blocks, G, C / G)
-        block_means, block_variances = torch.cat(means, 1).reshape(grouped), torch.cat(variances, 1).reshape(grouped)
-        share = tokens.new_tensor(shares)[:, None, None]
-        mean = (block_means * share).sum(1, keepdim=True).mean(3, keepdim=True)  # (B, 1, G, 1)
-        var = ((block_variances + (block_means - mean).square()) * share).sum(1).mean(2)  # (B, G)
-        return mean.flatten(1), torch.rsqrt(var + self.eps)
-
-
-def per_channel(x: Tensor, channels: int) -> Tensor:
-    """(B, 1, C) from what groups have, (B, G)."""
-    return x.repeat_interleave(channels // NORM_GROUPS, 1).unsqueeze(1)
-
-
-def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Group norm as ``x * scale + shift``: both (B, 1, C) from the moments (B, G) and the parameters (C,)."""
-    scale = per_channel(rstd, weight.shape[0]) * weight
-    return scale, bias - per_channel(mean, weight.shape[0]) * scale
-
-
-def _is_cpu_code(tokens: Tensor) -> bool:
-    """Whether torch's own kernels for CPUs run, which are few and well threaded, instead of a compiler's or a GPU's."""
-    return tokens.device.type == "cpu" and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling()
+        """Mean and reciprocal standard deviation (B, G)."""
+        return moments(tokens, NORM_GROUPS, self.eps)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -156,7 +116,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight, mean, rstd = ctx.saved_tensors
-        if _is_cpu_code(tokens):
+        if is_cpu_code(tokens):
             batch, length, channels = tokens.shape
             grads = torch.ops.aten.native_group_norm_backward(
                 grad.transpose(1, 2).unsqueeze(-1),  # (B, C, L, 1), channels-last
@@ -171,18 +131,12 @@ class _GroupNorm(torch.autograd.Function):
 def _group_norm_gradients(
     grad: Tensor, tokens: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens (B, L, C), weight and bias (C,).
-
-    With x = (tokens - mean) rstd and g = weight grad, that of tokens is rstd (g - mean(g) - x mean(g x)), where the
-    means are over the tokens and channels of a group.
-    """
+    """Gradients of tokens (B, L, C), weight and bias (C,)."""
     grad, channels = at_least_float32(grad), weight.shape[0]
     normalised = torch.addcmul(per_channel(-mean * rstd, channels), tokens, per_channel(rstd, channels))
     sums = grad.sum(1), (grad * normalised).sum(1)  # (B, C)
-    grouped = (tokens.shape[0], NORM_GROUPS, -1)
-    mean_g, mean_gx = ((x * weight).reshape(grouped).mean(2) / tokens.shape[1] for x in sums)  # (B, G)
-    offset, slope = (per_channel(-x * rstd, channels) for x in (mean_g, mean_gx))
-    dtokens = torch.addcmul(offset, normalised, slope).addcmul_(grad, per_channel(rstd, channels) * weight)
+    slope, offset = input_gradient(sums, mean, rstd, weight, tokens.shape[1])
+    dtokens = torch.addcmul(offset, tokens, slope).addcmul_(grad, per_channel(rstd, channels) * weight)
     return dtokens.to(tokens.dtype), sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(weight.dtype)
 
 
@@ -196,35 +150,31 @@ class MambaLayer(nn.Module):
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.proj = nn.Linear(in_channels, out_channels)
 
-    def forward(self, tokens: Tensor, activation: TokenGroupNorm | None = None, overwrite: bool = False) -> Tensor:
-        """Map tokens (B, L, C_in) to (B, L, C_out).
-
-        Args:
-            tokens: the input.
-            activation: applied to it first.
-            overwrite: nobody needs ``tokens`` any more, so that the result may take their place; C_in is C_out.
-        """
-        if computes_in_blocks(tokens):
-            return self._in_blocks(tokens, activation, overwrite)
+    def forward(self, tokens: Tensor, activation: TokenGroupNorm | None = None) -> Tensor:
+        """Map tokens (B, L, C_in) to (B, L, C_out); an ``activation`` is applied to them first."""
+        if not self.mamba.has_scan:
+            return self.plain(tokens, activation)
+        around: dict[str, Any] = {
+            "norm_weight": self.norm.weight,
+            "norm_bias": self.norm.bias,
+            "norm_eps": self.norm.eps,
+            "skip_scale": self.skip_scale,
+            "proj_weight": self.proj.weight,
+            "proj_bias": self.proj.bias,
+        }
         if activation is not None:
-            tokens = activation(tokens)
-        return self._project(self.mamba(self.norm(tokens)), tokens)
+            around |= {
+                "group_weight": activation.weight,
+                "group_bias": activation.bias,
+                "group_eps": activation.eps,
+                "groups": NORM_GROUPS,
+            }
+        return mamba_layer(self.mamba.layer(tokens, **around))
 
-    def _project(self, mixed: Tensor, tokens: Tensor) -> Tensor:
-        out: Tensor = self.proj(self.norm(mixed.addcmul_(tokens, self.skip_scale)))
-        return out
-
-    def _in_blocks(self, tokens: Tensor, activation: TokenGroupNorm | None, overwrite: bool) -> Tensor:
-        """The same for one block of tokens after the other, which stays in the caches from the first step to the last.
-
-        All tokens at once would go to memory and back between any two steps, into pages that are cleared before.
-        """
-        activate = None if activation is None else activation.with_moments_of(tokens)
-        out = tokens if overwrite else tokens.new_empty(*tokens.shape[:2], self.proj.out_features)
-        stream = MambaStream(self.mamba)
-        for block in token_blocks(tokens, 2 * self.mamba.d_inner):
-            x = tokens[:, block] if activate is None else activate(tokens[:, block])
-            out[:, block] = self._project(stream(self.norm(x)), x)
+    def plain(self, tokens: Tensor, activation: TokenGroupNorm | None = None) -> Tensor:
+        """The same step by step for all tokens at once: for ablations, and what the operator is tested against."""
+        x = tokens if activation is None else activation(tokens)
+        out: Tensor = self.proj(self.norm(self.mamba.plain(self.norm(x)).addcmul_(x, self.skip_scale)))
         return out
 
 
@@ -240,7 +190,7 @@ class ResidualMambaBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C)."""
-        out: Tensor = self.layer2(self.layer1(tokens, self.norm1), self.norm2, overwrite=True)
+        out: Tensor = self.layer2(self.layer1(tokens, self.norm1), self.norm2)
         return out.add_(tokens)
 
 

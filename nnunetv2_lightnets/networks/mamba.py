@@ -4,20 +4,22 @@ Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State S
 https://github.com/state-spaces/mamba (Apache-2.0). Parameters have the names of that repository's ``Mamba`` module, so
 that checkpoints need no renaming.
 
-Tokens stay channels-last, (B, L, C), from the first projection to the last: a projection is then one matrix product
-over contiguous rows, and the convolution and the scan read the parts of its output as views.
+The block is one operator, which keeps nothing but its input for the backward pass (``ops/mamba_layer``). Tokens stay
+channels-last, (B, L, C), from the first projection to the last: a projection is then one matrix product over contiguous
+rows, and the convolution and the scan read the parts of its output as views.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_lightnets.ops import causal_conv1d, selective_scan
+from nnunetv2_lightnets.ops import Layer, causal_conv1d, mamba_layer, selective_scan
 
 
 class Mamba(nn.Module):
@@ -63,10 +65,31 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, L, C) to (B, L, C); a token sees itself and those before it."""
+        return mamba_layer(self.layer(tokens)) if self.has_scan else self.plain(tokens)
+
+    def layer(self, tokens: Tensor, **around: Any) -> Layer:
+        """The call of the operator for this block, and for what is around it: further fields of :class:`Layer`."""
+        return Layer(
+            tokens=tokens,
+            in_weight=self.in_proj.weight,
+            conv_weight=self.conv1d.weight.squeeze(1),
+            conv_bias=cast(Tensor, self.conv1d.bias),
+            x_weight=self.x_proj.weight,
+            dt_weight=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+            A_log=self.A_log,
+            D=self.D,
+            out_weight=self.out_proj.weight,
+            low=autocast_dtype(tokens),
+            **around,
+        )
+
+    def plain(self, tokens: Tensor) -> Tensor:
+        """The same step by step for all tokens at once: for ablations, and what the operator is tested against."""
         if not self.has_scan:
             u, z = (at_least_float32(x) for x in self.convolved(tokens))
             return self.project_out(at_least_float32(self.D) * u * F.silu(z))
-        return self.project_out(self.scan(*self.scan_inputs(tokens))[0])
+        return self.project_out(self.scan(*self.scan_inputs(tokens)))
 
     def convolved(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The scan's input u and the gate z, both (B, L, D), for tokens (B, L, C)."""
@@ -80,19 +103,11 @@ class Mamba(nn.Module):
         dt, b, c = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         return u, F.linear(dt, self.dt_proj.weight), b, c, z  # the bias of dt_proj is added inside the scan
 
-    def scan(
-        self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor, initial_state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Gated output (B, L, D) and last state (B, D, N) of the selective scan, at least in float32."""
+    def scan(self, u: Tensor, delta: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
+        """Gated output (B, L, D) of the selective scan, at least in float32."""
         u, delta, b, c, z = (at_least_float32(x).transpose(1, 2) for x in (u, delta, b, c, z))
         D, bias = at_least_float32(self.D), at_least_float32(self.dt_proj.bias)
-        y, state = selective_scan(
-            *(u, delta, self.A, b, c, D, z, bias),
-            delta_softplus=True,
-            return_last_state=True,
-            initial_state=initial_state,
-        )
-        return y.transpose(1, 2), state
+        return selective_scan(u, delta, self.A, b, c, D, z, bias, delta_softplus=True).transpose(1, 2)
 
     @property
     def A(self) -> Tensor:
@@ -103,33 +118,6 @@ class Mamba(nn.Module):
         """Map the scan's output (B, L, D) to tokens (B, L, C), without autocast."""
         with full_precision(y):
             return F.linear(y.to(self.out_proj.weight.dtype), self.out_proj.weight)
-
-
-class MambaStream:
-    """Takes sequences through a Mamba block part by part, without gradients; the parts are equal to the whole.
-
-    The convolution sees the last tokens of the part before again, from a copy; the scan goes on from its last state.
-
-    Args:
-        mamba: the block.
-    """
-
-    def __init__(self, mamba: Mamba) -> None:
-        self.mamba = mamba
-        self.history = mamba.d_conv - 1  # tokens that a part begins with again
-        self._past: Tensor | None = None  # (B, history, C)
-        self._state: Tensor | None = None  # (B, D, N)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Outputs (B, L, C) for the next L tokens; all parts but the last must be at least ``history`` long."""
-        old = 0 if self._past is None else self.history
-        tokens = tokens if self._past is None else torch.cat((self._past, tokens), 1)
-        self._past = tokens[:, tokens.shape[1] - self.history :]
-        if not self.mamba.has_scan:
-            return self.mamba(tokens)[:, old:]  # type: ignore[no-any-return]
-        u, delta, b, c, z = (x[:, old:] for x in self.mamba.scan_inputs(tokens))
-        y, self._state = self.mamba.scan(u, delta, b, c, z, self._state)
-        return self.mamba.project_out(y)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -143,6 +131,11 @@ def is_autocast(x: Tensor) -> bool:
     # torch 2.11's compiler cannot trace the question, and compiles for devices that have autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to products with ``x``; None where it leaves them alone."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) and x.dtype != torch.float64 else None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -25,6 +25,7 @@ from nnunetv2_lightnets.networks.layers import CONVOLUTION, Convolution, upsampl
 from nnunetv2_lightnets.networks.mamba import Mamba
 from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_bound, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.registry import register_network
+from nnunetv2_lightnets.ops import mamba_layer
 
 _SLOPE = 0.01  # of the leaky ReLUs
 _BLOCKS = 2  # of a stage of the finer half; the coarser half has one
@@ -103,15 +104,17 @@ class MambaLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (B, C, *spatial) to the same shape."""
-        mixed: Tensor
         tokens = x.flatten(2)  # (B, C, L)
         if self.channels_are_tokens:
-            mixed = self.mamba(self.norm(tokens))
-            return mixed.reshape(x.shape)
-        mixed = self.mamba(self.norm(tokens.transpose(1, 2)))  # (B, L, C)
+            return self._mixed(tokens).reshape(x.shape)
+        mixed = self._mixed(tokens.transpose(1, 2))  # (B, L, C)
         # Contiguous: the backward pass of torch 2.14's 1x1 convolutions with a stride, which the next stage has, writes
         # beyond its memory on a CPU if channels are last.
         return mixed.transpose(1, 2).contiguous().reshape(x.shape)
+
+    def _mixed(self, tokens: Tensor) -> Tensor:
+        norm = {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias, "norm_eps": self.norm.eps}
+        return mamba_layer(self.mamba.layer(tokens, **norm))
 
 
 class Encoder(nn.Module):

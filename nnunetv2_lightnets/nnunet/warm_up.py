@@ -20,10 +20,14 @@ from nnunetv2_lightnets.files import last_line
 from nnunetv2_lightnets.ops import causal_conv1d_triton, triton_runtime
 from nnunetv2_lightnets.ops.library import NAMESPACE
 from nnunetv2_lightnets.ops.selective_scan.dispatch import FAST, NAMES, choose
+from nnunetv2_lightnets.ops.selective_scan.probe import small_scan
 from nnunetv2_lightnets.ops.selective_scan.record import Scan
 
 _SILENCE = 10.0  # seconds between two words to the user
-_OPERATORS = ("selective_scan", "selective_scan_backward", "causal_conv1d", "causal_conv1d_backward")
+_OPERATORS = (
+    *("selective_scan", "selective_scan_backward", "causal_conv1d", "causal_conv1d_backward"),
+    *("mamba_layer", "mamba_layer_backward"),
+)
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -113,6 +117,11 @@ def _call(name: str, described: Iterable[Any], device: torch.device) -> None:
             return  # nothing of it is compiled
         if name == "selective_scan_backward":
             arguments[-1].fill_(NAMES.index(backend))
+    if name.startswith("mamba_layer"):
+        if choose(small_scan("plain", device)).NAME not in FAST["cuda"]:
+            return
+        if name == "mamba_layer_backward":  # what it is given is what a forward pass on this device leaves
+            arguments[-3:] = torch.ops.nnunetv2_lightnets.mamba_layer(*arguments[1:-3], True, False)[1:]
     operator = getattr(torch.ops.nnunetv2_lightnets, name)
     operator(*arguments)
     if name == "selective_scan":

@@ -19,6 +19,10 @@ from nnunetv2_lightnets.errors import LightNetsError
 
 NAMESPACE = "nnunetv2_lightnets"
 
+WORKSPACE: dict[str, Callable[..., int]] = {}
+"""Bytes that an operator allocates beside its results while it runs, by its name: a function of its arguments, which
+may be fake. An operator without an entry allocates little."""
+
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 

@@ -290,7 +290,8 @@ class NetworkTests:
         with torch.no_grad():
             program = torch.export.export(network, (x,))
             torch.testing.assert_close(program.module()(x), network(x))
-        scans = [node for node in program.graph.nodes if node.op == "call_function" and "scan" in str(node.target)]
+        calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        scans = [name for name in calls if "scan" in name or "mamba_layer" in name]
         assert len(scans) == self.scans.get(len(small_patch), 0)
 
     # ---- What is refused ----

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks.base import NetworkTests
 from published_scan import use_published_scan
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_lightnets import LightNetsError, create_network
 from nnunetv2_lightnets.networks import lightm_unet
 from nnunetv2_lightnets.networks.lightm_unet import LightMUNet, MambaLayer, TokenGroupNorm
-from nnunetv2_lightnets.ops import available_backends
+from nnunetv2_lightnets.ops import available_backends, token_moments
 from nnunetv2_lightnets.ops.flops import register_flop_formulas
+from nnunetv2_lightnets.ops.mamba_layer import by_torch, native
 from nnunetv2_lightnets.pretrained import load_official
 
 
@@ -49,21 +49,10 @@ def from_golden(case) -> LightMUNet:
     return network
 
 
-@contextmanager
-def blocks_of(monkeypatch, tokens_per_block: int | None) -> Iterator[None]:
-    """Prediction in blocks of so many tokens, or as a whole (None)."""
-    with monkeypatch.context() as patch:
-        if tokens_per_block is None:
-            patch.setattr(lightm_unet, "computes_in_blocks", lambda tokens: False)
-        else:
-            patch.setattr(
-                lightm_unet,
-                "token_blocks",
-                lambda tokens, widest: (
-                    slice(s, s + tokens_per_block) for s in range(0, tokens.shape[1], tokens_per_block)
-                ),
-            )
-        yield
+def as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and norms are computed for all tokens at once."""
+    monkeypatch.setattr(MambaLayer, "forward", MambaLayer.plain)
+    monkeypatch.setattr(lightm_unet, "computes_in_blocks", lambda tokens: False)
 
 
 # ---- The published code ----
@@ -141,10 +130,9 @@ def test_multiply_accumulates(spatial_dims, inputs, classes, patch, macs, by_tho
     register_flop_formulas()
     counter, norms, skips = FlopCounterMode(display=False), [], []
     for module in network.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(lambda module, inputs, out: norms.append(out.numel()))
         if isinstance(module, MambaLayer):
-            module.mamba.in_proj.register_forward_hook(lambda module, inputs, out: skips.append(out.numel() // 2))
+            module.register_forward_hook(lambda module, inputs, out: norms.extend(2 * [inputs[0].numel()]))
+            module.register_forward_hook(lambda module, inputs, out: skips.append(2 * inputs[0].numel()))
     with torch.no_grad(), counter:
         network(x)
     assert counter.get_total_flops() == 2 * macs
@@ -216,7 +204,6 @@ def test_gradients_are_those_of_the_function():
 
 
 def test_prediction_compiles_into_one_graph():
-    """It is not computed in blocks then."""
     network, x = build(2, blocks_down=(1, 1), blocks_up=(1,)), torch.randn(1, 1, 16, 20)
     torch._dynamo.reset()
     with torch.no_grad():
@@ -246,33 +233,39 @@ def test_mixed_precision_is_finite_and_as_close_as_its_digits_allow(dtype, error
 @pytest.mark.parametrize("tokens_per_block", [32, 100, 999])
 def test_prediction_in_blocks_is_prediction_as_a_whole(monkeypatch, tokens_per_block):
     network, x = build(2, blocks_down=(1, 2, 1, 1)).double().eval(), torch.randn(2, 1, 40, 56, dtype=torch.float64)
-    with torch.no_grad():
-        with blocks_of(monkeypatch, None):
-            whole = network(x)
-        with blocks_of(monkeypatch, tokens_per_block):
-            parts = network(x)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
-    with torch.enable_grad():
-        torch.testing.assert_close(network(x), whole, rtol=0, atol=1e-10)
+    with monkeypatch.context() as patch, torch.no_grad():
+        as_a_whole(patch)
+        whole = network(x)
+
+    def blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
+        return (slice(s, s + tokens_per_block) for s in range(0, tokens.shape[1], tokens_per_block))
+
+    monkeypatch.setattr(native, "takes", lambda layer: False)
+    monkeypatch.setitem(by_torch.NUMBERS, "cpu", 1)
+    monkeypatch.setattr(by_torch, "FEWEST", tokens_per_block)
+    for module in (lightm_unet, token_moments):
+        monkeypatch.setattr(module, "token_blocks", blocks)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(network(x), whole, rtol=0, atol=1e-10)
 
 
-def test_prediction_in_blocks_keeps_no_tokens_of_the_inner_width():
-    """The largest tensors of a layer have four times its channels: none exists for all tokens at once."""
-    layer, tokens = MambaLayer(16, 16).eval(), torch.randn(1, 2**17, 16)
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, Tensor):
-                    self.numbers = max(self.numbers, tensor.numel())
-            return out
-
-    with torch.no_grad(), Largest() as largest:
-        layer(tokens)
-    assert largest.numbers == tokens.numel()
+@pytest.mark.parametrize("activation", [False, True])
+def test_a_layer_is_its_plain_steps(activation):
+    """Outputs and gradients, under autocast up to rounding."""
+    layer, norm = MambaLayer(16, 32).double(), TokenGroupNorm(16).double() if activation else None
+    tokens = torch.randn(2, 70, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [tokens, *layer.parameters(), *(() if norm is None else norm.parameters())]
+    outputs = layer(tokens, norm), layer.plain(tokens, norm)
+    grad = torch.randn_like(outputs[0])
+    found, expected = (torch.autograd.grad(out, leaves, grad) for out in outputs)
+    for x, y in zip((outputs[0], *found), (outputs[1], *expected), strict=True):
+        assert (x - y).abs().max() <= 1e-10 * y.abs().max()
+    layer, norm, tokens = layer.float(), None if norm is None else norm.float(), tokens.detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        x, y = layer(tokens, norm), layer.plain(tokens, norm)
+    assert x.dtype == y.dtype == torch.bfloat16
+    assert (x - y).abs().max() <= 0.03 * y.abs().max()
 
 
 def test_group_norm_is_torchs():
@@ -306,7 +299,8 @@ def test_prediction_leaves_its_input_alone():
 def norm_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute a group norm: the one for CPUs, and the one for GPUs and compilers."""
     if request.param == "formulas":
-        monkeypatch.setattr(lightm_unet, "_is_cpu_code", lambda tokens: False)
+        for module in (lightm_unet, token_moments):
+            monkeypatch.setattr(module, "is_cpu_code", lambda tokens: False)
     return request.param
 
 
@@ -383,7 +377,8 @@ def test_compiled_group_norm(backend, dtype):
 
 def test_group_norm_reads_tokens_as_they_lie(monkeypatch):
     """What runs on GPUs copies no tensor of their size to another layout, and makes as many as the class says."""
-    monkeypatch.setattr(lightm_unet, "_is_cpu_code", lambda tokens: False)
+    for module in (lightm_unet, token_moments):
+        monkeypatch.setattr(module, "is_cpu_code", lambda tokens: False)
     norm, tokens = TokenGroupNorm(16), torch.randn(2, 1000, 16, requires_grad=True)
     calls: list[str] = []
 
@@ -427,7 +422,7 @@ def test_width_32_is_30_times_as_fast_as_with_the_published_scan(monkeypatch: py
             start = time.perf_counter()
             out = network(x)
             times.append(time.perf_counter() - start)
-        monkeypatch.setattr(lightm_unet, "computes_in_blocks", lambda tokens: False)  # nor does the published code
+        as_a_whole(monkeypatch)  # as in the published code
         start = time.perf_counter()
         with use_published_scan():
             expected = network(x)

@@ -1,4 +1,4 @@
-"""The Mamba block: parity with the published one, its parts equal to the whole, precision."""
+"""The Mamba block: parity with the published one, runs of its tokens equal to the whole, precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_lightnets.networks.mamba import Mamba, MambaStream
+from nnunetv2_lightnets.networks.mamba import Mamba
+from nnunetv2_lightnets.ops.mamba_layer import by_torch, native
 
 
 def trained(d_model: int, **kwargs) -> Mamba:
@@ -57,30 +58,56 @@ def test_a_token_sees_itself_and_those_before_it_in_its_own_sequence():
     assert not different[1].any() and not different[0, :20].any() and different[0, 20:].all()
 
 
-@pytest.mark.parametrize("length", [10, 33, 64, 99, 100])
+@pytest.fixture(params=[10, 33, 64, 99, 100])
+def run_length(request, monkeypatch):
+    """Tokens that are computed together, of 100 or more."""
+    monkeypatch.setattr(native, "takes", lambda layer: False)
+    monkeypatch.setitem(by_torch.NUMBERS, "cpu", 1)
+    monkeypatch.setattr(by_torch, "FEWEST", request.param)
+
+
+@pytest.mark.usefixtures("run_length")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sequence_in_parts_is_the_sequence_as_a_whole(length, dtype):
+def test_a_sequence_in_parts_is_the_sequence_as_a_whole(dtype):
     mamba, tokens = trained(20, d_state=8, d_conv=3).to(dtype), torch.randn(2, 100, 20, dtype=dtype)
     with torch.no_grad():
-        whole, stream = mamba(tokens), MambaStream(mamba)
-        assert stream.history == 2
-        parts = [stream(part) for part in tokens.split(length, 1)]
+        whole, parts = mamba.plain(tokens), mamba(tokens)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=tolerance * whole.abs().max().item())
+    torch.testing.assert_close(parts, whole, rtol=0, atol=tolerance * whole.abs().max().item())
 
 
+@pytest.mark.usefixtures("run_length")
 @pytest.mark.parametrize("rates", [(1e-3, 1e-2), (1.0, 16.0), (100.0, 1000.0)])
 def test_parts_are_equal_whatever_the_decay(rates):
     """From memories of thousands of tokens, where errors would add up, to none."""
     mamba, tokens = trained(8).double(), torch.randn(1, 2000, 8, dtype=torch.float64)
     with torch.no_grad():
         mamba.A_log.uniform_(*torch.tensor(rates).log().tolist())
-        exact, mamba, tokens = mamba(tokens), mamba.float(), tokens.float()
-        whole, stream = mamba(tokens), MambaStream(mamba)
-        parts = torch.cat([stream(part) for part in tokens.split(100, 1)], 1)
+        exact, mamba, tokens = mamba.plain(tokens), mamba.float(), tokens.float()
+        whole, parts = mamba.plain(tokens), mamba(tokens)
     scale = exact.abs().max().item()
     assert (whole - exact).abs().max() < 1e-5 * scale
     assert (parts - exact).abs().max() < 1e-5 * scale
+
+
+def test_the_operator_is_the_plain_block():
+    """Outputs and gradients, the tokens' and every parameter's."""
+    for mamba, dtype, tolerance in ((trained(12), torch.float32, 1e-5), (trained(12), torch.float64, 1e-10)):
+        mamba, tokens = mamba.to(dtype), torch.randn(2, 50, 12, dtype=dtype, requires_grad=True)
+        outputs = mamba(tokens), mamba.plain(tokens)
+        grad = torch.randn_like(outputs[0])
+        found, expected = (torch.autograd.grad(out, [tokens, *mamba.parameters()], grad) for out in outputs)
+        for x, y in zip((outputs[0], *found), (outputs[1], *expected), strict=True):
+            assert (x - y).abs().max() <= tolerance * y.abs().max()
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_as_in_the_plain_block(autocast):
+    mamba, tokens = trained(12), torch.randn(2, 50, 12)
+    with torch.no_grad(), torch.autocast("cpu", autocast):
+        found, expected = mamba(tokens), mamba.plain(tokens)
+    assert found.dtype == expected.dtype == torch.float32
+    assert (found - expected).abs().max() <= 4 * torch.finfo(autocast).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
