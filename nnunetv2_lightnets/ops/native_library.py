@@ -78,7 +78,9 @@ class MambaStruct(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "batch length channels inner states rank width outputs groups run threads"),
         *_fields(ctypes.c_double, "group_eps norm_eps"),
-        *_fields(ctypes.c_void_p, "tokens group_weight group_bias norm_weight norm_bias in_weight conv_weight conv_bias"),
+        *_fields(
+            ctypes.c_void_p, "tokens group_weight group_bias norm_weight norm_bias in_weight conv_weight conv_bias"
+        ),
         *_fields(ctypes.c_void_p, "x_weight dt_weight dt_bias A D out_weight skip_scale proj_weight proj_bias"),
         *_fields(ctypes.c_void_p, "out run_states moments grad_out"),
         *_fields(ctypes.c_void_p, "dtokens dgroup_weight dgroup_bias dnorm_weight dnorm_bias din_weight dconv_weight"),
@@ -113,6 +115,8 @@ def _load() -> ctypes.CDLL | str:
         for way in ("forward", "backward"):
             function = getattr(library, f"ln_{name}_{way}")
             function.argtypes = [ctypes.POINTER(struct), ctypes.c_int64]
+    library.ln_mamba_bytes.argtypes = [ctypes.POINTER(MambaStruct), ctypes.c_int64, ctypes.c_int64]
+    library.ln_mamba_bytes.restype = ctypes.c_int64
     library.ln_use_openmp(_openmp_of_torch())
     best = library.ln_instruction_set(0)
     library.ln_choose(best)

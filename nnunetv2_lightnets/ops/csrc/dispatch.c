@@ -9,11 +9,15 @@
 #define DECLARE_ONE(operation, set) \
     int operation##_forward_f32_##set(const ln_##operation *), operation##_forward_f64_##set(const ln_##operation *), \
         operation##_backward_f32_##set(const ln_##operation *), operation##_backward_f64_##set(const ln_##operation *);
-#define DECLARE(set) DECLARE_ONE(scan, set) DECLARE_ONE(conv, set) DECLARE_ONE(mamba, set)
+#define DECLARE(set)                                                            \
+    DECLARE_ONE(scan, set) DECLARE_ONE(conv, set) DECLARE_ONE(mamba, set)       \
+    int64_t mamba_bytes_f32_##set(const ln_mamba *, bool), mamba_bytes_f64_##set(const ln_mamba *, bool);
 #define KERNELS_OF(operation, set)                                  \
     {operation##_forward_f32_##set, operation##_forward_f64_##set}, \
     {operation##_backward_f32_##set, operation##_backward_f64_##set}
-#define KERNELS(label, set) {label, KERNELS_OF(scan, set), KERNELS_OF(conv, set), KERNELS_OF(mamba, set)}
+#define KERNELS(label, set)                                                           \
+    {label, KERNELS_OF(scan, set), KERNELS_OF(conv, set), KERNELS_OF(mamba, set), \
+     {mamba_bytes_f32_##set, mamba_bytes_f64_##set}}
 
 DECLARE(baseline)
 #ifdef LN_AVX2
@@ -78,3 +82,7 @@ LN_PUBLIC int ln_conv_forward(const ln_conv *c, int64_t precision) { return kern
 LN_PUBLIC int ln_conv_backward(const ln_conv *c, int64_t precision) { return kernels->conv_backward[precision](c); }
 LN_PUBLIC int ln_mamba_forward(const ln_mamba *l, int64_t precision) { return kernels->mamba_forward[precision](l); }
 LN_PUBLIC int ln_mamba_backward(const ln_mamba *l, int64_t precision) { return kernels->mamba_backward[precision](l); }
+/* Bytes that such a call allocates; of its pointers only whether they are NULL matters. */
+LN_PUBLIC int64_t ln_mamba_bytes(const ln_mamba *l, int64_t precision, int64_t backward) {
+    return kernels->mamba_bytes[precision](l, backward);
+}

@@ -7,6 +7,7 @@
 #define LIGHTNETS_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -72,7 +73,7 @@ typedef struct {
 /* Arguments of a whole Mamba layer, all dense and in the compute precision:
  *
  *   x = relu(group_norm(tokens))  or tokens;   m = mamba(layer_norm(x))  or mamba(x);
- *   out = proj(layer_norm(m + skip_scale x))  with the same layer norm,  or m
+ *   out = proj(layer_norm(m + skip_scale x))  with the same layer norm;  or m
  *
  * mamba: in_weight gives u and the gate z; causal convolution and SiLU of u; x_weight gives dt, B and C; dt_weight the
  * steps; scan; out_weight. Weights are (outputs, inputs). Group norm, layer norm and proj are left out where NULL. */
@@ -119,6 +120,7 @@ typedef struct {
     int (*conv_backward[2])(const ln_conv *);
     int (*mamba_forward[2])(const ln_mamba *);
     int (*mamba_backward[2])(const ln_mamba *);
+    int64_t (*mamba_bytes[2])(const ln_mamba *, bool backward);
 } ln_kernels;
 
 #endif

@@ -53,14 +53,13 @@ typedef struct {
     const ln_mamba *l;
     int64_t runs, blocks, slots;
     int states;                            /* a multiple of STATE_PADDING */
-    int64_t C, D, O, K, R;                 /* channels, inner, outputs, coefficients (B, C, dt), rank: filled up */
+    int64_t C, D, O, K, R;                 /* channels, inner, outputs, coefficients (dt, B, C), rank: filled up */
     panels in_u, in_z, x, dt, out, proj;   /* weights, transposed: (inputs, outputs) */
     panels in_back, x_back, dt_back, out_back, proj_back; /* as they are */
     real *A, *skip_D, *dt_bias, *steepest; /* (blocks, states, WIDTH), (inner) twice, (blocks) */
     real *conv, *conv_bias;                /* (width, inner), (inner) */
     real *norm_weight, *norm_bias, *is_channel, *proj_bias; /* is_channel: 1, and 0 where filled up */
-    real *scale, *shift;                   /* (batch, channels): the group norm, x = relu(scale token + shift) */
-    real *rstd, *offset;                   /* (batch, channels): normalised token = rstd token + offset */
+    real *middle, *rstd, *scale, *group_bias; /* (batch, channels): x = relu((token - middle) scale + group_bias) */
     real *state;                           /* (batch, blocks, states, WIDTH): h or dh between two runs */
     real *reach;                           /* (batch, width - 1, inner): gradients of the tokens after a run */
     ln_count *scanned, *convolved, *added; /* (batch, blocks), (batch), (slots): runs that are done */
@@ -99,8 +98,8 @@ static void lay_out_plan(plan *p, bool backward, arena *a) {
     p->conv = take_reals(a, l->width * p->D), p->conv_bias = take_reals(a, p->D);
     p->norm_weight = take_reals(a, p->C), p->norm_bias = take_reals(a, p->C), p->is_channel = take_reals(a, p->C);
     p->proj_bias = take_reals(a, p->O);
-    p->scale = take_reals(a, l->batch * p->C), p->shift = take_reals(a, l->batch * p->C);
-    p->rstd = take_reals(a, l->batch * p->C), p->offset = take_reals(a, l->batch * p->C);
+    p->middle = take_reals(a, l->batch * p->C), p->rstd = take_reals(a, l->batch * p->C);
+    p->scale = take_reals(a, l->batch * p->C), p->group_bias = take_reals(a, l->batch * p->C);
     p->state = take_reals(a, l->batch * p->D * p->states);
     p->scanned = take(a, l->batch * p->blocks, sizeof(ln_count));
     p->convolved = take(a, l->batch, sizeof(ln_count));
@@ -119,11 +118,12 @@ static void lay_out_plan(plan *p, bool backward, arena *a) {
     }
 }
 
-/* Row of x_weight behind coefficient j, which are B, C, dt here and dt, B, C there; -1 where filled up. */
+/* Row of x_weight behind coefficient j; -1 where dt, B or C is filled up. */
 static int64_t row_of_coefficient(const plan *p, int64_t j) {
     const ln_mamba *l = p->l;
-    if (j < 2 * p->states) return j % p->states < l->states ? l->rank + j / p->states * l->states + j % p->states : -1;
-    return j - 2 * p->states < l->rank ? j - 2 * p->states : -1;
+    if (j < p->R) return j < l->rank ? j : -1;
+    const int64_t which = (j - p->R) / p->states, n = (j - p->R) % p->states;
+    return which < 2 && n < l->states ? l->rank + which * l->states + n : -1;
 }
 
 static void read_weights(plan *p, bool backward) {
@@ -162,7 +162,7 @@ static void read_weights(plan *p, bool backward) {
         if (l->norm_weight) p->norm_weight[c] = ((const real *)l->norm_weight)[c];
         if (l->norm_weight) p->norm_bias[c] = ((const real *)l->norm_bias)[c];
     }
-    if (proj) memcpy(p->proj_bias, l->proj_bias, sizeof(real) * (size_t)l->outputs);
+    if (l->proj_bias) memcpy(p->proj_bias, l->proj_bias, sizeof(real) * (size_t)l->outputs);
 }
 
 /* ---- Group norm: its moments, merged from those of parts and channels (Chan et al., 1983) ---- */
@@ -175,8 +175,8 @@ static void measure_part(const void *context, int64_t task, void *scratch) {
     const int64_t first = part * PART, count = l->length - first < PART ? l->length - first : PART;
     const real *tokens = (const real *)l->tokens + (b * l->length + first) * C;
     double *result = p->moments + task * C * 2;
-    real *mean = scratch, *squares = mean + C;
-    memset(mean, 0, sizeof(real) * (size_t)C * 2);
+    real *mean = scratch, *squares = mean + C, *missed = squares + C; /* missed: by the mean, which is a long sum */
+    memset(mean, 0, sizeof(real) * (size_t)C * 3);
     for (int64_t t = 0; t < count; t++)
         for (int64_t c = 0; c < C; c++) mean[c] += tokens[t * C + c];
     for (int64_t c = 0; c < C; c++) mean[c] /= (real)count;
@@ -184,14 +184,16 @@ static void measure_part(const void *context, int64_t task, void *scratch) {
         for (int64_t c = 0; c < C; c++) {
             const real distance = tokens[t * C + c] - mean[c];
             squares[c] += distance * distance;
+            missed[c] += distance;
         }
-    for (int64_t c = 0; c < C; c++) result[2 * c] = mean[c], result[2 * c + 1] = squares[c];
+    for (int64_t c = 0; c < C; c++)
+        result[2 * c] = (double)mean[c] + (double)missed[c] / (double)count, result[2 * c + 1] = squares[c];
 }
 
 static int find_moments(const plan *p) {
     const ln_mamba *l = p->l;
     const int64_t parts = divide_up(l->length, PART), per_group = l->channels / l->groups;
-    const int status = ln_parallel(l->threads, l->batch * parts, sizeof(real) * (size_t)l->channels * 2, measure_part, p);
+    const int status = ln_parallel(l->threads, l->batch * parts, 3 * sizeof(real) * (size_t)l->channels, measure_part, p);
     if (status) return status;
     for (int64_t b = 0; b < l->batch; b++)
         for (int64_t g = 0; g < l->groups; g++) {
@@ -209,17 +211,17 @@ static int find_moments(const plan *p) {
     return LN_OK;
 }
 
-/* The group norm as scale and shift of each channel. */
+/* The group norm of each channel; tokens are centred first, so that a large mean costs no digits. */
 static void find_scale(const plan *p) {
     const ln_mamba *l = p->l;
     const int64_t per_group = l->channels / l->groups;
     for (int64_t b = 0; b < l->batch; b++)
         for (int64_t c = 0; c < l->channels; c++) {
             const real *moments = (const real *)l->moments + (b * l->groups + c / per_group) * 2;
-            const real scale = moments[1] * ((const real *)l->group_weight)[c];
             const int64_t at = b * p->C + c;
-            p->rstd[at] = moments[1], p->offset[at] = -moments[0] * moments[1];
-            p->scale[at] = scale, p->shift[at] = ((const real *)l->group_bias)[c] - moments[0] * scale;
+            p->middle[at] = moments[0], p->rstd[at] = moments[1];
+            p->scale[at] = moments[1] * ((const real *)l->group_weight)[c];
+            p->group_bias[at] = ((const real *)l->group_bias)[c];
         }
 }
 
@@ -252,7 +254,7 @@ typedef struct {
     real *x, *n, *r;               /* channels; x and n before: the layer's input, its norm; m + skip_scale x */
     real *mean, *rstd, *mean2, *rstd2; /* of both layer norms */
     real *u_in, *u, *z, *delta, *y; /* inner; u_in before; y gated */
-    real *coefficients;            /* B, C, dt */
+    real *coefficients;            /* dt, B, C */
     real *result;                  /* outputs */
     real *tile[8];
     int64_t at_d[LN_CHUNK];        /* where rows of inner channels begin */
@@ -388,13 +390,13 @@ static void before_scan(const plan *p, const activations *m, const run *r) {
     const ln_mamba *l = p->l;
     const int reach = (int)l->width - 1, missing = reach - r->before, rows = r->before + r->tokens;
     real *const x = m->x + missing * m->c, *const n = m->n + missing * m->c, *const u_in = m->u_in + missing * m->d;
-    const real *scale = p->scale + r->b * p->C, *shift = p->shift + r->b * p->C;
+    const real *middle = p->middle + r->b * p->C, *scale = p->scale + r->b * p->C, *bias = p->group_bias + r->b * p->C;
     for (int t = 0; t < rows; t++) {
         real *row = x + t * m->c;
         read_token(row, l->tokens, l->channels, p->C, r->b * l->length + r->first - r->before + t);
         if (l->group_weight)
             for (int64_t c = 0; c < p->C; c += LANES)
-                store(row + c, at_least(load(row + c) * load(scale + c) + load(shift + c), splat(0)));
+                store(row + c, at_least((load(row + c) - load(middle + c)) * load(scale + c) + load(bias + c), splat(0)));
     }
     const real *input = x;
     if (l->norm_weight) layer_norm(p, n, m->mean + missing, m->rstd + missing, x, m->c, rows), input = n;
@@ -405,8 +407,7 @@ static void before_scan(const plan *p, const activations *m, const run *r) {
     if (l->width == 4) convolve_run(p, m, r, 4);
     else convolve_run(p, m, r, (int)l->width);
     product(m->coefficients, m->k, (factor){m->u, m->d, 1}, p->x, r->tokens, p->K, (int)l->inner, false);
-    const real *dt = m->coefficients + 2 * p->states;
-    product(m->delta, m->d, (factor){dt, m->k, 1}, p->dt, r->tokens, l->inner, (int)l->rank, false);
+    product(m->delta, m->d, (factor){m->coefficients, m->k, 1}, p->dt, r->tokens, l->inner, (int)l->rank, false);
 }
 
 static rows rows_at(const activations *m, real *base, int chunk, const block *k) {
@@ -432,18 +433,18 @@ static void close_scan(const activations *m, int chunk, const block *k, const re
 static void scan_run(const plan *p, const activations *m, const run *r, const block *k, real *starts) {
     for (int chunk = 0; chunk < r->chunks; chunk++) {
         const int tokens = tokens_of_chunk(r, chunk);
-        const real *coefficients = m->coefficients + chunk * LN_CHUNK * m->k;
+        const real *B = m->coefficients + chunk * LN_CHUNK * m->k + p->R, *C = B + p->states;
         real *const dt = m->tile[0], *const x = m->tile[1], *const y = m->tile[2];
         if (starts) memcpy(starts + chunk * p->states * WIDTH, k->state, sizeof(real) * (size_t)(p->states * WIDTH));
         const real most = prepare(dt, x, NULL, rows_at(m, m->delta, chunk, k), rows_at(m, m->u, chunk, k), k, tokens, true);
         scan_tile(&(ln_tile){.tokens = tokens, .states = p->states, .row = m->k, .registers = k->registers,
-                             .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = coefficients,
-                             .C = coefficients + p->states, .h = k->state, .y = y});
+                             .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = B, .C = C,
+                             .h = k->state, .y = y});
         close_scan(m, chunk, k, y, m->tile[3], tokens);
     }
 }
 
-/* From y to the result: m in r, or r = m + skip_scale x, and its norm in `normalised`. */
+/* From y to what is projected: m in r, or r = m + skip_scale x, and its norm, if there is one, in `normalised`. */
 static void after_scan(const plan *p, const activations *m, const run *r, real *normalised) {
     const ln_mamba *l = p->l;
     product(m->r, m->c, (factor){m->y, m->d, 1}, p->out, r->tokens, l->channels, (int)l->inner, false);
@@ -454,7 +455,7 @@ static void after_scan(const plan *p, const activations *m, const run *r, real *
         const real *x = m->x + (l->width - 1 + t) * m->c;
         for (int64_t c = 0; c < p->C; c += LANES) store(row + c, load(row + c) + skip * load(x + c));
     }
-    layer_norm(p, normalised, m->mean2, m->rstd2, m->r, m->c, r->tokens);
+    if (l->norm_weight) layer_norm(p, normalised, m->mean2, m->rstd2, m->r, m->c, r->tokens);
 }
 
 static void forward_task(const void *context, int64_t task, void *scratch) {
@@ -524,7 +525,7 @@ static void layer_norm_backward(const plan *p, real *dx, const real *grad, const
 /* From the gradient of the result to that of y (dy) and of r (dr). */
 static void after_scan_backward(const plan *p, const activations *m, const run *r, const sums *s) {
     const ln_mamba *l = p->l;
-    real *const normalised = m->dn, *const grad = m->result;
+    real *const normalised = l->norm_weight ? m->dn : m->r, *const grad = m->result;
     after_scan(p, m, r, normalised);
     for (int t = 0; t < r->tokens; t++)
         read_token(l->proj_weight ? grad + t * m->o : m->dr + t * m->c, l->grad_out, l->outputs, l->proj_weight ? p->O : p->C,
@@ -534,7 +535,7 @@ static void after_scan_backward(const plan *p, const activations *m, const run *
             for (int64_t c = 0; c < p->O; c += LANES) store(m->sums.proj_bias + c, load(m->sums.proj_bias + c) + load(grad + t * m->o + c));
         product(s->proj, p->C, (factor){grad, 1, m->o}, as_panels(normalised, m->c), (int)l->outputs, l->channels, r->tokens, true);
         product(m->dr, m->c, (factor){grad, m->o, 1}, p->proj_back, r->tokens, l->channels, (int)l->outputs, false);
-        layer_norm_backward(p, m->dr, m->dr, m->mean2, m->rstd2, m->r, m->c, r->tokens, &m->sums);
+        if (l->norm_weight) layer_norm_backward(p, m->dr, m->dr, m->mean2, m->rstd2, m->r, m->c, r->tokens, &m->sums);
         for (int t = 0; t < r->tokens; t++)
             for (int64_t c = 0; c < p->C; c += LANES)
                 store(m->sums.skip + c, load(m->sums.skip + c) + load(m->dr + t * m->c + c) * load(m->x + (l->width - 1 + t) * m->c + c));
@@ -549,7 +550,7 @@ static void scan_run_backward(const plan *p, const activations *m, const run *r,
          *const ddt = m->tile[5], *const slope = m->tile[6];
     for (int chunk = r->chunks - 1; chunk >= 0; chunk--) {
         const int tokens = tokens_of_chunk(r, chunk), count = (int)divide_up(tokens, TOKENS_BACKWARD) * TOKENS_BACKWARD;
-        const real *coefficients = m->coefficients + chunk * LN_CHUNK * m->k;
+        const real *B = m->coefficients + chunk * LN_CHUNK * m->k + p->R, *C = B + p->states;
         const rows u = rows_at(m, m->u, chunk, k), z = rows_at(m, m->z, chunk, k), dy = rows_at(m, m->dy, chunk, k),
                    delta = rows_at(m, m->delta, chunk, k), dz = rows_at(m, m->scanned, chunk, k);
         open_gate(gate, z, k, tokens);
@@ -560,8 +561,8 @@ static void scan_run_backward(const plan *p, const activations *m, const run *r,
         zero_rows(dt, tokens, count), zero_rows(x, tokens, count), zero_rows(gy, tokens, count);
         memcpy(m->h, starts + chunk * p->states * WIDTH, sizeof(real) * (size_t)(p->states * WIDTH));
         scan_tile_backward(&(ln_tile){.tokens = count, .states = p->states, .row = m->k, .registers = k->registers,
-                                      .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = coefficients,
-                                      .C = coefficients + p->states, .h = m->h, .gy = gy, .dh = k->state, .dx = dx, .ddt = ddt,
+                                      .clamp = may_leave_range(most, k), .A = k->A, .dt = dt, .x = x, .B = B, .C = C, .h = m->h,
+                                       .gy = gy, .dh = k->state, .dx = dx, .ddt = ddt,
                                       .dA = k->dA, .dBC = m->dBC + chunk * LN_CHUNK * 2 * p->states, .history = m->history,
                                       .decay = m->decay});
         finish_backward(&(walked){.dx = dx, .ddt = ddt, .dt = dt, .gy = gy, .slope = slope, .u = u, .du = dy, .ddelta = delta},
@@ -616,18 +617,18 @@ static void hand_on_reach(const plan *p, const activations *m, const run *r) {
 static void before_scan_backward(const plan *p, const activations *m, const run *r, const sums *s) {
     const ln_mamba *l = p->l;
     const int tokens = r->tokens, inner = (int)l->inner, width = (int)l->width;
-    real *const ddelta = m->delta, *const dz = m->scanned, *const dt = m->coefficients + 2 * p->states;
-    real *const ddt = m->dcoefficients + 2 * p->states;
+    real *const ddelta = m->delta, *const dz = m->scanned;
+    const int coefficients = (int)p->R + 2 * p->states;
     const real *input = (l->norm_weight ? m->n : m->x) + (width - 1) * m->c;
     for (int chunk = 0; chunk < r->chunks; chunk++) {
-        real *row = m->dcoefficients + chunk * LN_CHUNK * m->k;
+        real *row = m->dcoefficients + chunk * LN_CHUNK * m->k + p->R;
         sort_dBC(m->dBC + chunk * LN_CHUNK * 2 * p->states, row, row + p->states, m->k, p->states, tokens_of_chunk(r, chunk));
     }
-    product(s->dt, p->R, (factor){ddelta, 1, m->d}, as_panels(dt, m->k), inner, l->rank, tokens, true);
-    product(ddt, m->k, (factor){ddelta, m->d, 1}, p->dt_back, tokens, l->rank, inner, false);
-    product(s->x, p->D, (factor){m->dcoefficients, 1, m->k}, as_panels(m->u, m->d), (int)(2 * p->states + l->rank), l->inner,
-            tokens, true);
-    product(m->dy, m->d, (factor){m->dcoefficients, m->k, 1}, p->x_back, tokens, l->inner, (int)(2 * p->states + l->rank), true);
+    product(s->dt, p->R, (factor){ddelta, 1, m->d}, as_panels(m->coefficients, m->k), inner, l->rank, tokens, true);
+    product(m->dcoefficients, m->k, (factor){ddelta, m->d, 1}, p->dt_back, tokens, l->rank, inner, false);
+    product(s->x, p->D, (factor){m->dcoefficients, 1, m->k}, as_panels(m->u, m->d), coefficients, l->inner, tokens,
+            true);
+    product(m->dy, m->d, (factor){m->dcoefficients, m->k, 1}, p->x_back, tokens, l->inner, coefficients, true);
     if (width == 4) convolve_run_backward(p, m, r, s, 4);
     else convolve_run_backward(p, m, r, s, width);
     hand_on_reach(p, m, r);
@@ -644,7 +645,7 @@ static void before_scan_backward(const plan *p, const activations *m, const run 
  * that of its result before ReLU, which finish_group_norm goes on with. */
 static void input_backward(const plan *p, const activations *m, const run *r) {
     const ln_mamba *l = p->l;
-    const real *x = m->x + (l->width - 1) * m->c, *rstd = p->rstd + r->b * p->C, *offset = p->offset + r->b * p->C;
+    const real *x = m->x + (l->width - 1) * m->c, *rstd = p->rstd + r->b * p->C, *middle = p->middle + r->b * p->C;
     if (l->norm_weight)
         layer_norm_backward(p, m->dn, m->dn, m->mean + l->width - 1, m->rstd + l->width - 1, x, m->c, r->tokens, &m->sums);
     const vec skip = splat(l->proj_weight ? *(const real *)l->skip_scale : 0);
@@ -660,7 +661,7 @@ static void input_backward(const plan *p, const activations *m, const run *r) {
                 const vec g = pick(load(x + t * m->c + c) > 0, load(dx + c), splat(0));
                 store(dx + c, g);
                 store(plain + c, load(plain + c) + g);
-                store(slanted + c, load(slanted + c) + g * (load(token + c) * load(rstd + c) + load(offset + c)));
+                store(slanted + c, load(slanted + c) + g * (load(token + c) - load(middle + c)) * load(rstd + c));
             }
         }
         memcpy((real *)l->dtokens + index * l->channels, dx, sizeof(real) * (size_t)l->channels);
@@ -718,7 +719,7 @@ static void finish_group_norm(const void *context, int64_t task, void *scratch) 
     const int64_t parts = divide_up(l->length, PART), b = task / parts, first = task % parts * PART, C = l->channels;
     const int64_t count = l->length - first < PART ? l->length - first : PART, per_group = C / l->groups;
     const real *tokens = (const real *)l->tokens + (b * l->length + first) * C, *weight = l->group_weight;
-    const real *rstd = p->rstd + b * p->C, *offset = p->offset + b * p->C;
+    const real *middle = p->middle + b * p->C, *rstd = p->rstd + b * p->C;
     const real *plain = p->sums[0].group + b * 2 * p->C, *slanted = plain + p->C;
     real *dtokens = (real *)l->dtokens + (b * l->length + first) * C, *scale = scratch, *shift = scale + C, *slope = shift + C;
     for (int64_t g = 0; g < l->groups; g++) {
@@ -729,11 +730,11 @@ static void finish_group_norm(const void *context, int64_t task, void *scratch) 
         for (int64_t c = g * per_group; c < (g + 1) * per_group; c++) {
             scale[c] = rstd[c] * weight[c];
             slope[c] = -rstd[c] * rstd[c] * (real)(mean_slanted / n);
-            shift[c] = -rstd[c] * (real)(mean / n) - rstd[c] * offset[c] * (real)(mean_slanted / n);
+            shift[c] = -rstd[c] * (real)(mean / n);
         }
     }
     for (int64_t t = 0; t < count; t++, tokens += C, dtokens += C)
-        for (int64_t c = 0; c < C; c++) dtokens[c] = dtokens[c] * scale[c] + tokens[c] * slope[c] + shift[c];
+        for (int64_t c = 0; c < C; c++) dtokens[c] = dtokens[c] * scale[c] + (tokens[c] - middle[c]) * slope[c] + shift[c];
 }
 
 /* Adds the slots up in the first. */
@@ -768,7 +769,8 @@ static void hand_out_sums(const plan *p) {
     }
     if (l->norm_weight) hand_out(l->dnorm_weight, s->norm_weight, 1, C, C, 0), hand_out(l->dnorm_bias, s->norm_bias, 1, C, C, 0);
     if (l->proj_weight) {
-        hand_out(l->dproj_weight, s->proj, l->outputs, C, p->C, 0), hand_out(l->dproj_bias, s->proj_bias, 1, l->outputs, p->O, 0);
+        hand_out(l->dproj_weight, s->proj, l->outputs, C, p->C, 0);
+        if (l->proj_bias) hand_out(l->dproj_bias, s->proj_bias, 1, l->outputs, p->O, 0);
         real skip = 0;
         for (int64_t c = 0; c < C; c++) skip += s->skip[c];
         *(real *)l->dskip_scale = skip;
@@ -782,15 +784,28 @@ static void hand_out_sums(const plan *p) {
 
 /* ---- Calls ---- */
 
-static int start(plan *p, const ln_mamba *l, bool backward, void **memory) {
+static plan plan_of(const ln_mamba *l) {
     const double updates = (double)l->batch * (double)l->length * (double)l->inner * (double)l->states;
-    *p = (plan){.l = l, .runs = divide_up(l->length, l->run), .blocks = divide_up(l->inner, WIDTH)};
-    p->states = (int)(divide_up(l->states, STATE_PADDING) * STATE_PADDING);
-    p->C = fill_up(l->channels), p->D = fill_up(l->inner), p->O = fill_up(l->outputs), p->R = fill_up(l->rank);
-    p->K = fill_up(2 * p->states + p->R);
-    const int64_t tasks = l->batch * p->runs, worthwhile = 1 + (int64_t)(updates / 1e5);
-    p->slots = l->threads < worthwhile ? l->threads : worthwhile;
-    if (p->slots > tasks) p->slots = tasks;
+    plan p = {.l = l, .runs = divide_up(l->length, l->run), .blocks = divide_up(l->inner, WIDTH)};
+    p.states = (int)(divide_up(l->states, STATE_PADDING) * STATE_PADDING);
+    p.C = fill_up(l->channels), p.D = fill_up(l->inner), p.O = fill_up(l->outputs), p.R = fill_up(l->rank);
+    p.K = fill_up(p.R + 2 * p.states);
+    const int64_t tasks = l->batch * p.runs, worthwhile = 1 + (int64_t)(updates / 1e5);
+    p.slots = l->threads < worthwhile ? l->threads : worthwhile;
+    if (p.slots > tasks) p.slots = tasks;
+    return p;
+}
+
+/* Bytes that a call allocates. */
+int64_t NAME(mamba_bytes)(const ln_mamba *l, bool backward) {
+    plan p = plan_of(l);
+    arena a = {0};
+    lay_out_plan(&p, backward, &a);
+    return (int64_t)a.used + p.slots * (int64_t)scratch_bytes(&p, backward);
+}
+
+static int start(plan *p, const ln_mamba *l, bool backward, void **memory) {
+    *p = plan_of(l);
     arena a = {0};
     lay_out_plan(p, backward, &a);
     const size_t bytes = a.used;
