@@ -771,9 +771,9 @@ static void hand_out_sums(const plan *p) {
     if (l->proj_weight) {
         hand_out(l->dproj_weight, s->proj, l->outputs, C, p->C, 0);
         if (l->proj_bias) hand_out(l->dproj_bias, s->proj_bias, 1, l->outputs, p->O, 0);
-        real skip = 0;
-        for (int64_t c = 0; c < C; c++) skip += s->skip[c];
-        *(real *)l->dskip_scale = skip;
+        double skip = 0;
+        for (int64_t c = 0; c < C; c++) skip += (double)s->skip[c];
+        *(real *)l->dskip_scale = (real)skip;
     }
     if (!l->group_weight) return;
     real *weight = l->dgroup_weight, *bias = l->dgroup_bias;
