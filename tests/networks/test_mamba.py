@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nnunetv2_lightnets.networks.mamba import Mamba
-from nnunetv2_lightnets.ops.mamba_layer import by_torch, native
+from nnunetv2_lightnets.ops import token_moments
+from nnunetv2_lightnets.ops.mamba_layer import native
 
 
 def trained(d_model: int, **kwargs) -> Mamba:
@@ -62,8 +63,8 @@ def test_a_token_sees_itself_and_those_before_it_in_its_own_sequence():
 def run_length(request, monkeypatch):
     """Tokens that are computed together, of 100 or more."""
     monkeypatch.setattr(native, "takes", lambda layer: False)
-    monkeypatch.setitem(by_torch.NUMBERS, "cpu", 1)
-    monkeypatch.setattr(by_torch, "FEWEST", request.param)
+    monkeypatch.setitem(token_moments.NUMBERS, "cpu", 1)
+    monkeypatch.setattr(token_moments, "FEWEST", request.param)
 
 
 @pytest.mark.usefixtures("run_length")

@@ -17,19 +17,14 @@ from torch import Tensor
 
 from nnunetv2_lightnets.ops.causal_conv1d import causal_conv1d
 from nnunetv2_lightnets.ops.mamba_layer.record import Gradients, Layer
-from nnunetv2_lightnets.ops.token_moments import input_gradient, moments, scale_and_shift
+from nnunetv2_lightnets.ops.selective_scan.record import CHUNK
+from nnunetv2_lightnets.ops.token_moments import block_length, input_gradient, moments, scale_and_shift
 from nnunetv2_lightnets.ops.triton_runtime import ceil_div
 
-# Numbers that the first projection of a run makes, (tokens, 2 D): 4 MB of float32 on a CPU, 64 MB elsewhere.
-NUMBERS = {"cpu": 2**20}
-NUMBERS_ELSEWHERE = 2**24
-FEWEST = 256  # tokens of a run, however wide it is
 
-
-def run_tokens(layer: Layer) -> int:
-    """Tokens of a run: of one sequence, or of several whole ones."""
-    numbers = NUMBERS.get(layer.tokens.device.type, NUMBERS_ELSEWHERE)
-    return max(layer.history, FEWEST, numbers // (2 * layer.channels))
+def run_tokens(layer: Layer, device: str = "") -> int:
+    """Tokens of a run, of one sequence or of several whole ones; the first projection makes (tokens, 2 D) of them."""
+    return block_length(device or layer.tokens.device.type, 2 * layer.channels, layer.history)
 
 
 class _Run(NamedTuple):
@@ -350,8 +345,27 @@ def _norm_backward(
     return dx  # type: ignore[no-any-return]
 
 
-def workspace(layer: Layer, backwards: bool) -> int:
-    """Bytes that a pass allocates beside its results."""
-    batch, length, _ = layer.tokens.shape
-    tokens = min(run_tokens(layer), batch * length)
-    return tokens * (10 if backwards else 6) * layer.channels * layer.tokens.element_size()
+def workspace(layer: Layer, backwards: bool, device: str = "") -> int:
+    """Bytes that a pass allocates beside its results: what a run holds while it is scanned, forwards or backwards.
+
+    Args:
+        layer: its tensors may have no memory.
+        backwards: which pass.
+        device: the type of the device that is meant, if it is not that of the tensors. What kernels of the scan take
+            inside comes on top.
+    """
+    batch, length, width = layer.tokens.shape
+    channels, states = layer.A_log.shape
+    product, dtype, scan = (x.itemsize for x in (layer.product_dtype, layer.dtype, layer.scan_dtype))
+    tokens = width * dtype if layer.group_weight is not None or layer.tokens.dtype != layer.dtype else 0
+    steps = 3 * channels * product  # xi, z, u
+    steps += (3 * channels + 2 * states) * scan if product != scan else channels * scan  # what the scan reads beside
+    if backwards or product == scan:
+        steps += layer.x_weight.shape[0] * product  # coefficients
+    steps += channels * scan  # y, or its gradient
+    if backwards:
+        steps += width * product if layer.norm_weight is not None or product != dtype else 0  # normalised tokens
+        steps += channels * states // CHUNK * scan  # states before chunks
+        steps += width * dtype if layer.proj_weight is not None else 0  # what the residual gives to their gradient
+        steps += (3 * channels + 2 * states) * scan  # gradients of u, delta, z, B and C
+    return min(run_tokens(layer, device), batch * length) * (tokens + steps)

@@ -127,8 +127,20 @@ def _backward_fake(grad_out: Tensor, *values: Any) -> tuple[Tensor, ...]:
     return tuple(layer.tokens.new_empty(0) if x is None else torch.empty_like(x) for x in layer.tensors())
 
 
-def _workspace(*values: Any, backwards: bool) -> int:
-    layer = layer_of(values)
+def workspace(*values: Any, device: str = "") -> int:
+    """Bytes that ``mamba_layer`` allocates beside its results, on the tensors' device or on another type of device."""
+    return _bytes(layer_of(values), False, device)
+
+
+def backward_workspace(grad_out: Tensor, *values: Any, device: str = "") -> int:
+    """The same for ``mamba_layer_backward``."""
+    return _bytes(layer_of(values), True, device)
+
+
+def _bytes(layer: Layer, backwards: bool, device: str) -> int:
+    elsewhere = device not in ("", layer.tokens.device.type)
+    if elsewhere or _backend(layer) is by_torch:
+        return by_torch.workspace(layer, backwards, device)
     return _backend(layer).workspace(layer, backwards)
 
 
@@ -145,5 +157,4 @@ define_backward(
     _backward,
     _backward_fake,
 )
-WORKSPACE["mamba_layer"] = lambda *values: _workspace(*values, backwards=False)
-WORKSPACE["mamba_layer_backward"] = lambda grad_out, *values: _workspace(*values, backwards=True)
+WORKSPACE.update({"mamba_layer": workspace, "mamba_layer_backward": backward_workspace})
