@@ -22,7 +22,7 @@ from nnunetv2_lightnets.ops.flops import register_flop_formulas
 from nnunetv2_lightnets.ops.library import WORKSPACE
 from nnunetv2_lightnets.ops.mamba_layer import Layer, by_torch, native, operator
 from nnunetv2_lightnets.ops.mamba_layer.record import TENSORS
-from nnunetv2_lightnets.ops.selective_scan import chunked, reference
+from nnunetv2_lightnets.ops.selective_scan import chunked, dispatch, reference
 
 OPERATORS = torch.ops.nnunetv2_lightnets
 GROUP, NORM = ("group_weight", "group_bias"), ("norm_weight", "norm_bias")
@@ -461,6 +461,32 @@ def test_gradients_from_another_thread_use_what_was_forced(monkeypatch, backend)
         thread.start()
         thread.join()
     assert used == ["reference forward", "reference forward", "reference backward"]
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("forced", ["mamba_ssm", "hub"])
+def test_scans_that_start_at_zero_take_a_sequence_as_one_run(forced, compile_it, monkeypatch, backend):
+    """As mamba-ssm's kernel does, for which "torch" stands in here."""
+    if backend is native:
+        pytest.skip("it does not scan by others")
+    scans: list[Any] = []
+    kernel = dispatch._load(forced)
+    monkeypatch.setattr(kernel, "unavailable", lambda: None)
+    monkeypatch.setattr(kernel, "refuses", lambda scan: "an initial_state" if scan.initial_state is not None else None)
+    monkeypatch.setattr(kernel, "forward", lambda scan, save: scans.append(scan) or chunked.forward(scan, save))
+    monkeypatch.setattr(kernel, "backward", chunked.backward)
+    layer = make(2, 40, dtype=torch.float64)
+    expected = gradients(plain, layer)
+    function = compiled(mamba_layer) if compile_it else mamba_layer
+    with use_backend(forced):
+        out = function(layer)
+    names = [name for name in TENSORS if getattr(layer, name) is not None]
+    found = torch.autograd.grad(out.square().sum(), [getattr(layer, name) for name in names])
+    assert {scan.u.shape[2] for scan in scans} == {40}
+    wanted = torch.autograd.grad(plain(layer).square().sum(), [getattr(layer, name) for name in names])
+    assert_equal(dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), 1e-10)
+    torch.testing.assert_close(out, expected["output"], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("short_runs")

@@ -9,6 +9,7 @@ they add to the gradient of the tokens comes last, as a scale and an offset.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from nnunetv2_lightnets.ops.causal_conv1d import causal_conv1d
 from nnunetv2_lightnets.ops.mamba_layer.record import Gradients, Layer
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend, refusal
 from nnunetv2_lightnets.ops.selective_scan.record import CHUNK
 from nnunetv2_lightnets.ops.token_moments import block_length, input_gradient, moments, scale_and_shift
 from nnunetv2_lightnets.ops.triton_runtime import ceil_div
+
+FROM_ZERO = ("mamba_ssm", "hub")  # backends of the scan that take no initial state
 
 
 def run_tokens(layer: Layer, device: str = "") -> int:
@@ -42,20 +46,39 @@ class _Run(NamedTuple):
 def _runs(layer: Layer) -> list[_Run]:
     batch, length, _ = layer.tokens.shape
     step = run_tokens(layer)
-    if length > step:
-        return [
-            _Run(slice(i, i + 1), start, min(start + step, length))
-            for i in range(batch)
-            for start in range(0, length, step)
-        ]
-    together = step // length
-    return [_Run(slice(i, min(i + together, batch)), 0, length) for i in range(0, batch, together)]
+    if length <= step:
+        together = step // length
+        return [_Run(slice(i, min(i + together, batch)), 0, length) for i in range(0, batch, together)]
+    if _scans_start_at_zero(layer.tokens.device):
+        step = length
+    starts = range(0, length, step)
+    return [_Run(slice(i, i + 1), start, min(start + step, length)) for i in range(batch) for start in starts]
 
 
 def saved_numbers(layer: Layer) -> int:
-    """How many numbers of states :func:`forward` saves: those before all runs but the first of a sequence."""
+    """How many numbers of states :func:`forward` saves: those before all runs but the first of a sequence.
+
+    What a graph or a planner relies on, so it asks nothing of the machine: see :func:`_scans_start_at_zero`.
+    """
     batch, length, _ = layer.tokens.shape
     return batch * (ceil_div(length, run_tokens(layer)) - 1) * layer.A_log.numel()
+
+
+def fits(layer: Layer, states: Tensor) -> bool:
+    """Whether these are the states that :func:`backward` needs, as things are; it may need none."""
+    needed = sum(run.start > 0 for run in _runs(layer)) * layer.A_log.numel()
+    return needed in (0, states.numel())
+
+
+def _scans_start_at_zero(device: torch.device) -> bool:
+    """Whether mamba-ssm's kernel is what scans there, which takes no initial state: a sequence is one run then."""
+    forced = forced_backend()
+    return forced in FROM_ZERO if forced else device.type == "cuda" and _without_triton(device)
+
+
+@cache
+def _without_triton(device: torch.device) -> bool:
+    return refusal("triton", "plain", device) is not None and refusal("mamba_ssm", "plain", device) is None
 
 
 class _Prepared:
@@ -101,6 +124,11 @@ class _Prepared:
             return x.to(self.product_dtype), None, None
         out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *self.norm, self.layer.norm_eps)
         return out.to(self.product_dtype), mean, rstd
+
+    def convolved(self, xi: Tensor) -> Tensor:
+        """The causal convolution and SiLU of ``xi`` (b, T, D)."""
+        weight, bias = self.layer.conv_weight, self.layer.conv_bias
+        return causal_conv1d(xi.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
 
 
 class _Scan:
@@ -152,9 +180,7 @@ def _run_forward(prepared: _Prepared, run: _Run, state: Tensor | None, out: Tens
     before = min(run.start, layer.history)
     x = prepared.activated(run, before)
     xi, z = F.linear(prepared.normalised(x)[0], prepared.in_weight).chunk(2, -1)
-    u = causal_conv1d(xi.transpose(1, 2), layer.conv_weight, layer.conv_bias, activation="silu").transpose(1, 2)[
-        :, before:
-    ]
+    u = prepared.convolved(xi)[:, before:]
     scan = _Scan(prepared, u, z[:, before:], F.linear(u, prepared.x_weight), state)
     y, state, _ = scan.forward(save=False)
     del xi, z, u, scan
@@ -258,9 +284,7 @@ def _run_backward(
     x = prepared.activated(run, before)
     n, mean, rstd = prepared.normalised(x)
     xi, z = F.linear(n, prepared.in_weight).chunk(2, -1)
-    u = causal_conv1d(xi.transpose(1, 2), layer.conv_weight, layer.conv_bias, activation="silu").transpose(1, 2)[
-        :, before:
-    ]
+    u = prepared.convolved(xi)[:, before:]
     coefficients = F.linear(u, prepared.x_weight)
     scan = _Scan(prepared, u, z[:, before:], coefficients, state)
     y, _, saved = scan.forward(save=True)

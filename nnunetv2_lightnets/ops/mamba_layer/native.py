@@ -19,6 +19,11 @@ def saved_numbers(layer: Layer) -> int:
     raise NotImplementedError
 
 
+def fits(layer: Layer, states: Tensor) -> bool:
+    """Whether :func:`forward` would have saved so many numbers."""
+    return states.numel() == saved_numbers(layer)
+
+
 def workspace(layer: Layer, backwards: bool) -> int:
     """Bytes that a pass allocates beside its results."""
     raise NotImplementedError

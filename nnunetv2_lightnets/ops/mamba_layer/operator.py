@@ -24,7 +24,10 @@ class Backend(Protocol):
     """What the module of a backend offers; it gets only layers that have passed :meth:`Layer.check`."""
 
     def saved_numbers(self, layer: Layer) -> int:
-        """How many numbers of states :meth:`forward` saves; tensors may have no memory."""
+        """How many numbers of states :meth:`forward` saves, as a rule; tensors may have no memory."""
+
+    def fits(self, layer: Layer, states: Tensor) -> bool:
+        """Whether :meth:`backward` can use these states; else they are of another backend, or room for some."""
 
     def workspace(self, layer: Layer, backwards: bool) -> int:
         """Bytes that a pass allocates beside its results; tensors may have no memory."""
@@ -116,7 +119,7 @@ def _backward(grad_out: Tensor, *values: Any) -> tuple[Tensor, ...]:
         )
     backend, forced = _USES[int(used)]
     with use_backend(forced) if forced else nullcontext():
-        if states.numel() != backend.saved_numbers(layer):  # the graph was traced for another backend
+        if not backend.fits(layer, states):  # as where a graph relies on more
             _, states, moments = backend.forward(layer, True)
         gradients = backend.backward(layer, grad_out, states, moments)
     return tuple(layer.tokens.new_empty(0) if x is None else x for x in gradients)
