@@ -6,10 +6,10 @@ measures what LightM-UNet's time is made of, beside nnU-Net's PlainConvUNet, and
 ``benchmarks/results/networks_cpu.csv``. How the trainers' networks compare as nnU-Net plans them is in trainers_cpu.py.
 
 - ``forward``: a patch of 64x64x64, no gradients, PlainConvUNet with 6 stages (32 to 320 features);
-- ``forward, not in blocks``: the same with every Mamba layer computed for all tokens at once;
+- ``forward, not in blocks``: the same with every Mamba layer computed step by step for all tokens at once;
 - ``forward, published scan``: the same for all tokens at once, with the scan as published networks run it without a GPU
   (published_scan.py; once; about a minute, and some GB);
-- ``forward, no scan``: the same with the scan left out, which shows what the rest costs;
+- ``forward, no scan``: the same by torch's steps with the scan left out, which shows what the rest costs;
 - ``products``: the matrix products of that forward pass alone, with results written into mapped memory, each at its
   own shape; and ``products at the rate of (262144, 64) x (64, 256)``. No forward pass can take less;
 - ``convolutions`` (causal, with SiLU) and ``layer norms``: the same for the steps that cost most beside them. These,
@@ -25,8 +25,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from nnunetv2_lightnets import create_network
 from nnunetv2_lightnets.networks import lightm_unet, mamba
 from nnunetv2_lightnets.ops import available_backends, causal_conv1d
+from nnunetv2_lightnets.ops.mamba_layer import by_torch, native
 from nnunetv2_lightnets.ops.native_library import instruction_sets
 
 CLASSES = 3
@@ -117,19 +118,26 @@ def training_step(network: nn.Module, x: Tensor) -> Callable[[], Any]:
     return run
 
 
-def skip_scan(u: Tensor, delta: Tensor, A: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def skip_scan(scan: by_torch._Scan, save: bool) -> tuple[Tensor, Tensor, tuple[()]]:
     """In the place of the scan: its input, and a state of zeros."""
-    return u, A.new_zeros(u.shape[0], *A.shape)
+    u, _, A, *_ = scan.fields
+    return u.transpose(1, 2), A.new_zeros(u.shape[0], *A.shape), ()
 
 
-def without_scan() -> AbstractContextManager[Any]:
+@contextmanager
+def without_scan() -> Iterator[None]:
     """Scans are left out."""
-    return mock.patch.object(mamba, "selective_scan", skip_scan)
+    no_kernel = mock.patch.object(native, "takes", lambda layer: False)  # it does not come apart
+    with no_kernel, mock.patch.object(by_torch._Scan, "forward", skip_scan):
+        yield
 
 
-def not_in_blocks() -> AbstractContextManager[Any]:
-    """All tokens are computed at once."""
-    return mock.patch.object(lightm_unet, "computes_in_blocks", lambda tokens: False)
+@contextmanager
+def not_in_blocks() -> Iterator[None]:
+    """All tokens are computed at once, and every step is a call of its own."""
+    layer, norms = lightm_unet.MambaLayer, mock.patch.object(lightm_unet, "computes_in_blocks", lambda tokens: False)
+    with norms, mock.patch.object(layer, "forward", layer.plain):
+        yield
 
 
 def changed(run: Callable[[], Any], *contexts: Callable[[], AbstractContextManager[Any]]) -> Callable[[], Any]:
@@ -152,7 +160,8 @@ def calls(network: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[tuple[nn
         for module in network.modules()
         if isinstance(module, kind)
     ]
-    network.eval()(x)  # with gradients: as a whole, not in blocks
+    with not_in_blocks():
+        network.eval()(x)
     for hook in hooks:
         hook.remove()
     return found
@@ -256,7 +265,9 @@ def measure_forward(repeats: int) -> list[dict[str, Any]]:
     for name in LIGHT:
         shapes = products(networks[name], x)
         macs = sum(rows * inputs * outputs for rows, inputs, outputs in shapes)
-        of_layers = [(shape[0] * shape[1], shape[2]) for _, shape, _ in calls(networks[name], x, mamba.Mamba)]
+        of_layers = [
+            (shape[0] * shape[1], shape[2]) for _, shape, _ in calls(networks[name], x, lightm_unet.MambaLayer)
+        ]
         floor = {
             "products": total(one_product, shapes),
             "products at the rate of (262144, 64) x (64, 256)": macs / rate,

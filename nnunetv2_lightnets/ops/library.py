@@ -21,7 +21,8 @@ NAMESPACE = "nnunetv2_lightnets"
 
 WORKSPACE: dict[str, Callable[..., int]] = {}
 """Bytes that an operator allocates beside its results while it runs, by its name: a function of its arguments, which
-may be fake. An operator without an entry allocates little."""
+may be fake, and of ``device``, the type of the device that is meant ("" for that of the tensors). An operator without
+an entry allocates little."""
 
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 

@@ -17,13 +17,22 @@ from nnunetv2_lightnets.ops.tensors import compute_dtype
 FULL_PRECISION = (torch.float32, torch.float64)
 
 
-def token_blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
-    """Slices of the L tokens (B, L, C) such that a block with ``widest`` channels is 4 MB of float32.
+# Numbers of a block of tokens: 4 MB of float32 on a CPU, 64 MB elsewhere. All tensors of a CPU's block are about 15 MB:
+# small enough for the caches and for memory that the process keeps, and large enough that calling the operations costs
+# little.
+NUMBERS = {"cpu": 2**20}
+NUMBERS_ELSEWHERE = 2**24
+FEWEST = 256  # tokens of a block, however wide it is
 
-    All tensors of such a block are about 15 MB: small enough for the caches and for memory that the process keeps, and
-    large enough that calling the operations costs little.
-    """
-    step = max(256, 2**20 // (tokens.shape[0] * widest))
+
+def block_length(device: str, widest: int, at_least: int = 0) -> int:
+    """Tokens of a block whose widest tensor has so many channels."""
+    return max(at_least, FEWEST, NUMBERS.get(device, NUMBERS_ELSEWHERE) // widest)
+
+
+def token_blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
+    """Slices of the L tokens (B, L, C) such that a block of all sequences with ``widest`` channels has that size."""
+    step = block_length(tokens.device.type, tokens.shape[0] * widest)
     return (slice(start, start + step) for start in range(0, tokens.shape[1], step))
 
 
@@ -34,29 +43,30 @@ def is_cpu_code(tokens: Tensor) -> bool:
 
 @torch.no_grad()
 def moments(tokens: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation (B, G), merged from those of channels (Chan et al., 1983).
+    """Mean and reciprocal standard deviation (B, G), merged from those of blocks' channels (Chan et al., 1983).
 
-    On a CPU, those of channels are merged from those of blocks. Half precision is computed in float32.
+    Half precision is computed in float32.
     """
-    if not is_cpu_code(tokens):
-        of_channels = torch.var_mean(tokens.to(compute_dtype(tokens)), 1, correction=0)
-        var, mean = (x.reshape(tokens.shape[0], groups, -1) for x in of_channels)  # (B, G, C / G)
-        group_mean = mean.mean(2, keepdim=True)
-        group_var = (var + (mean - group_mean).square()).mean(2)
-        return group_mean.squeeze(2), torch.rsqrt(group_var + eps)
-    means, variances, shares = [], [], []
-    for block in token_blocks(tokens, tokens.shape[2]):
-        x = tokens[:, block]
-        mean = x.mean(1, keepdim=True)  # (B, 1, C)
-        means.append(mean)
-        variances.append((x - mean).square_().mean(1, keepdim=True))
-        shares.append(x.shape[1] / tokens.shape[1])
-    grouped = (tokens.shape[0], len(shares), groups, -1)  # (B, blocks, G, C / G)
-    block_means, block_variances = torch.cat(means, 1).reshape(grouped), torch.cat(variances, 1).reshape(grouped)
-    share = tokens.new_tensor(shares)[:, None, None]
-    mean = (block_means * share).sum(1, keepdim=True).mean(3, keepdim=True)  # (B, 1, G, 1)
-    var = ((block_variances + (block_means - mean).square()) * share).sum(1).mean(2)  # (B, G)
-    return mean.flatten(1), torch.rsqrt(var + eps)
+    compiling = torch.compiler.is_compiling()
+    blocks = [slice(None)] if compiling else list(token_blocks(tokens, tokens.shape[2]))
+    found = [_of_channels(tokens[:, block].to(compute_dtype(tokens))) for block in blocks]  # (B, 1, C) each
+    shares = [1.0] if compiling else [len(range(tokens.shape[1])[block]) / tokens.shape[1] for block in blocks]
+    grouped = (tokens.shape[0], groups, -1)
+    mean = torch.stack([x.mul(share) for (_, x), share in zip(found, shares, strict=True)]).sum(0)
+    mean = mean.reshape(grouped).mean(2, keepdim=True)  # (B, G, 1)
+    variances = [
+        (var.reshape(grouped) + (of_block.reshape(grouped) - mean).square()).mul(share)
+        for (var, of_block), share in zip(found, shares, strict=True)
+    ]
+    return mean.squeeze(2), torch.rsqrt(torch.stack(variances).sum(0).mean(2) + eps)
+
+
+def _of_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean (B, 1, C) of tokens (B, L, C)."""
+    if not is_cpu_code(x):
+        return torch.var_mean(x, 1, correction=0, keepdim=True)
+    mean = x.mean(1, keepdim=True)
+    return (x - mean).square_().mean(1, keepdim=True), mean
 
 
 def per_channel(x: Tensor, channels: int) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from nnunetv2_lightnets.networks.mamba import Mamba
-from nnunetv2_lightnets.ops.mamba_layer import by_torch, native
+from nnunetv2_lightnets.networks.umamba import MambaLayer
+from nnunetv2_lightnets.ops import token_moments
+from nnunetv2_lightnets.ops.mamba_layer import native
 
 
 def trained(d_model: int, **kwargs) -> Mamba:
@@ -62,8 +64,8 @@ def test_a_token_sees_itself_and_those_before_it_in_its_own_sequence():
 def run_length(request, monkeypatch):
     """Tokens that are computed together, of 100 or more."""
     monkeypatch.setattr(native, "takes", lambda layer: False)
-    monkeypatch.setitem(by_torch.NUMBERS, "cpu", 1)
-    monkeypatch.setattr(by_torch, "FEWEST", request.param)
+    monkeypatch.setitem(token_moments.NUMBERS, "cpu", 1)
+    monkeypatch.setattr(token_moments, "FEWEST", request.param)
 
 
 @pytest.mark.usefixtures("run_length")
@@ -99,6 +101,19 @@ def test_the_operator_is_the_plain_block():
         found, expected = (torch.autograd.grad(out, [tokens, *mamba.parameters()], grad) for out in outputs)
         for x, y in zip((outputs[0], *found), (outputs[1], *expected), strict=True):
             assert (x - y).abs().max() <= tolerance * y.abs().max()
+
+
+@pytest.mark.parametrize("channels_are_tokens", [False, True])
+def test_the_layer_of_umamba_is_its_plain_steps(channels_are_tokens):
+    layer, x = MambaLayer(12, 35 if channels_are_tokens else None).double(), torch.randn(2, 12, 5, 7).double()
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    tokens = x.flatten(2) if channels_are_tokens else x.flatten(2).mT
+    mixed = layer.mamba.plain(layer.norm(tokens))
+    outputs = layer(x), (mixed if channels_are_tokens else mixed.mT).reshape(x.shape)
+    grad = torch.randn_like(x)
+    found, expected = (torch.autograd.grad(out, leaves, grad) for out in outputs)
+    for a, b in zip((outputs[0], *found), (outputs[1], *expected), strict=True):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])

@@ -17,11 +17,12 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_lightnets import LightNetsError
-from nnunetv2_lightnets.ops import causal_conv1d, mamba_layer, selective_scan, use_backend
+from nnunetv2_lightnets.ops import causal_conv1d, mamba_layer, selective_scan, token_moments, use_backend
 from nnunetv2_lightnets.ops.flops import register_flop_formulas
+from nnunetv2_lightnets.ops.library import WORKSPACE
 from nnunetv2_lightnets.ops.mamba_layer import Layer, by_torch, native, operator
 from nnunetv2_lightnets.ops.mamba_layer.record import TENSORS
-from nnunetv2_lightnets.ops.selective_scan import chunked, reference
+from nnunetv2_lightnets.ops.selective_scan import chunked, dispatch, reference
 
 OPERATORS = torch.ops.nnunetv2_lightnets
 GROUP, NORM = ("group_weight", "group_bias"), ("norm_weight", "norm_bias")
@@ -50,8 +51,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of 9 tokens, so that short sequences have several; the native backend has its own."""
-    monkeypatch.setitem(by_torch.NUMBERS, "cpu", 1)
-    monkeypatch.setattr(by_torch, "FEWEST", 9)
+    monkeypatch.setitem(token_moments.NUMBERS, "cpu", 1)
+    monkeypatch.setattr(token_moments, "FEWEST", 9)
 
 
 def make(
@@ -170,8 +171,8 @@ def test_lengths_that_runs_divide_or_not(length):
 def test_several_sequences_in_one_run(length, monkeypatch):
     """Two of three at once, and the third."""
     layer = make(3, length, dtype=torch.float64)
-    monkeypatch.setattr(by_torch, "FEWEST", 2 * length + 1)
-    monkeypatch.setitem(by_torch.NUMBERS, "cpu", 1)
+    monkeypatch.setattr(token_moments, "FEWEST", 2 * length + 1)
+    monkeypatch.setitem(token_moments.NUMBERS, "cpu", 1)
     assert_equal(gradients(mamba_layer, layer), gradients(plain, layer), 1e-10)
 
 
@@ -279,10 +280,11 @@ def test_sums_over_many_runs_keep_their_digits(short_runs):
 
 
 class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
-    """The numbers of the largest tensor that is made, and the most bytes of storages alive at once."""
+    """Numbers of the largest tensor that is made, and the most bytes of storages alive at once, but for those given."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: Tensor | None) -> None:
         super().__init__()
+        self._given = {x.untyped_storage()._cdata for x in given if x is not None}
         self.largest = self.bytes = self.peak = 0
         self._alive: dict[int, Any] = {}
 
@@ -296,7 +298,7 @@ class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._alive or key in self._given:
             return
 
         def freed(_: Any) -> None:
@@ -330,7 +332,29 @@ def test_no_tensor_of_the_inner_width_exists_for_all_tokens(backend):
     with torch.no_grad(), Numbers() as seen:
         out, states, moments = backend.forward(layer, True)
         backend.backward(layer, torch.ones_like(out), states, moments)
-    assert seen.largest <= layer.tokens.numel()
+    assert seen.largest == layer.tokens.numel()
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("without", [(), OPTIONS["U-Mamba's"]], ids=["whole", "U-Mamba's"])
+def test_workspace_is_what_is_allocated(backend, without, low):
+    """Beside results, within 10 %; several runs, of the length that they usually have."""
+    layer = replace(make(2, 20000, 32, out=32, state=16, without=without), low=low)
+    arguments, backwards = operator.arguments(layer), "mamba_layer_backward"
+    with torch.no_grad(), Numbers(*layer.tensors()) as forward:
+        results = backend.forward(layer, True)
+    grad = torch.ones_like(results[0])
+    taken = forward.peak - sum(x.nbytes for x in results)
+    assert WORKSPACE["mamba_layer"](*arguments, True, False) == pytest.approx(taken, rel=0.1)
+    with torch.no_grad(), Numbers(*layer.tensors(), grad, *results) as backward:
+        gradients = backend.backward(layer, grad, *results[1:])
+    taken = backward.peak - sum(x.nbytes for x in gradients if x is not None)
+    assert WORKSPACE[backwards](grad, *arguments, *results[1:], torch.zeros(())) == pytest.approx(taken, rel=0.1)
+    with torch.device("meta"):
+        names = [name for name in TENSORS if getattr(layer, name) is not None]
+        shapes = {name: torch.empty_like(getattr(layer, name)) for name in names}
+        planned = WORKSPACE[backwards](shapes["tokens"], *operator.arguments(replace(layer, **shapes)), device="cuda")
+    assert planned > taken  # runs are longer on a GPU
 
 
 def test_nothing_is_saved_without_gradients():
@@ -437,6 +461,32 @@ def test_gradients_from_another_thread_use_what_was_forced(monkeypatch, backend)
         thread.start()
         thread.join()
     assert used == ["reference forward", "reference forward", "reference backward"]
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("forced", ["mamba_ssm", "hub"])
+def test_scans_that_start_at_zero_take_a_sequence_as_one_run(forced, compile_it, monkeypatch, backend):
+    """As mamba-ssm's kernel does, for which "torch" stands in here."""
+    if backend is native:
+        pytest.skip("it does not scan by others")
+    scans: list[Any] = []
+    kernel = dispatch._load(forced)
+    monkeypatch.setattr(kernel, "unavailable", lambda: None)
+    monkeypatch.setattr(kernel, "refuses", lambda scan: "an initial_state" if scan.initial_state is not None else None)
+    monkeypatch.setattr(kernel, "forward", lambda scan, save: scans.append(scan) or chunked.forward(scan, save))
+    monkeypatch.setattr(kernel, "backward", chunked.backward)
+    layer = make(2, 40, dtype=torch.float64)
+    expected = gradients(plain, layer)
+    function = compiled(mamba_layer) if compile_it else mamba_layer
+    with use_backend(forced):
+        out = function(layer)
+    names = [name for name in TENSORS if getattr(layer, name) is not None]
+    found = torch.autograd.grad(out.square().sum(), [getattr(layer, name) for name in names])
+    assert {scan.u.shape[2] for scan in scans} == {40}
+    wanted = torch.autograd.grad(plain(layer).square().sum(), [getattr(layer, name) for name in names])
+    assert_equal(dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), 1e-10)
+    torch.testing.assert_close(out, expected["output"], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("short_runs")

@@ -9,6 +9,7 @@ they add to the gradient of the tokens comes last, as a scale and an offset.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,19 +18,17 @@ from torch import Tensor
 
 from nnunetv2_lightnets.ops.causal_conv1d import causal_conv1d
 from nnunetv2_lightnets.ops.mamba_layer.record import Gradients, Layer
-from nnunetv2_lightnets.ops.token_moments import input_gradient, moments, scale_and_shift
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend, refusal
+from nnunetv2_lightnets.ops.selective_scan.record import CHUNK
+from nnunetv2_lightnets.ops.token_moments import block_length, input_gradient, moments, scale_and_shift
 from nnunetv2_lightnets.ops.triton_runtime import ceil_div
 
-# Numbers that the first projection of a run makes, (tokens, 2 D): 4 MB of float32 on a CPU, 64 MB elsewhere.
-NUMBERS = {"cpu": 2**20}
-NUMBERS_ELSEWHERE = 2**24
-FEWEST = 256  # tokens of a run, however wide it is
+FROM_ZERO = ("mamba_ssm", "hub")  # backends of the scan that take no initial state
 
 
-def run_tokens(layer: Layer) -> int:
-    """Tokens of a run: of one sequence, or of several whole ones."""
-    numbers = NUMBERS.get(layer.tokens.device.type, NUMBERS_ELSEWHERE)
-    return max(layer.history, FEWEST, numbers // (2 * layer.channels))
+def run_tokens(layer: Layer, device: str = "") -> int:
+    """Tokens of a run, of one sequence or of several whole ones; the first projection makes (tokens, 2 D) of them."""
+    return block_length(device or layer.tokens.device.type, 2 * layer.channels, layer.history)
 
 
 class _Run(NamedTuple):
@@ -47,20 +46,39 @@ class _Run(NamedTuple):
 def _runs(layer: Layer) -> list[_Run]:
     batch, length, _ = layer.tokens.shape
     step = run_tokens(layer)
-    if length > step:
-        return [
-            _Run(slice(i, i + 1), start, min(start + step, length))
-            for i in range(batch)
-            for start in range(0, length, step)
-        ]
-    together = step // length
-    return [_Run(slice(i, min(i + together, batch)), 0, length) for i in range(0, batch, together)]
+    if length <= step:
+        together = step // length
+        return [_Run(slice(i, min(i + together, batch)), 0, length) for i in range(0, batch, together)]
+    if _scans_start_at_zero(layer.tokens.device):
+        step = length
+    starts = range(0, length, step)
+    return [_Run(slice(i, i + 1), start, min(start + step, length)) for i in range(batch) for start in starts]
 
 
 def saved_numbers(layer: Layer) -> int:
-    """How many numbers of states :func:`forward` saves: those before all runs but the first of a sequence."""
+    """How many numbers of states :func:`forward` saves: those before all runs but the first of a sequence.
+
+    What a graph or a planner relies on, so it asks nothing of the machine: see :func:`_scans_start_at_zero`.
+    """
     batch, length, _ = layer.tokens.shape
     return batch * (ceil_div(length, run_tokens(layer)) - 1) * layer.A_log.numel()
+
+
+def fits(layer: Layer, states: Tensor) -> bool:
+    """Whether these are the states that :func:`backward` needs, as things are; it may need none."""
+    needed = sum(run.start > 0 for run in _runs(layer)) * layer.A_log.numel()
+    return needed in (0, states.numel())
+
+
+def _scans_start_at_zero(device: torch.device) -> bool:
+    """Whether mamba-ssm's kernel is what scans there, which takes no initial state: a sequence is one run then."""
+    forced = forced_backend()
+    return forced in FROM_ZERO if forced else device.type == "cuda" and _without_triton(device)
+
+
+@cache
+def _without_triton(device: torch.device) -> bool:
+    return refusal("triton", "plain", device) is not None and refusal("mamba_ssm", "plain", device) is None
 
 
 class _Prepared:
@@ -106,6 +124,11 @@ class _Prepared:
             return x.to(self.product_dtype), None, None
         out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *self.norm, self.layer.norm_eps)
         return out.to(self.product_dtype), mean, rstd
+
+    def convolved(self, xi: Tensor) -> Tensor:
+        """The causal convolution and SiLU of ``xi`` (b, T, D)."""
+        weight, bias = self.layer.conv_weight, self.layer.conv_bias
+        return causal_conv1d(xi.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
 
 
 class _Scan:
@@ -157,9 +180,7 @@ def _run_forward(prepared: _Prepared, run: _Run, state: Tensor | None, out: Tens
     before = min(run.start, layer.history)
     x = prepared.activated(run, before)
     xi, z = F.linear(prepared.normalised(x)[0], prepared.in_weight).chunk(2, -1)
-    u = causal_conv1d(xi.transpose(1, 2), layer.conv_weight, layer.conv_bias, activation="silu").transpose(1, 2)[
-        :, before:
-    ]
+    u = prepared.convolved(xi)[:, before:]
     scan = _Scan(prepared, u, z[:, before:], F.linear(u, prepared.x_weight), state)
     y, state, _ = scan.forward(save=False)
     del xi, z, u, scan
@@ -263,9 +284,7 @@ def _run_backward(
     x = prepared.activated(run, before)
     n, mean, rstd = prepared.normalised(x)
     xi, z = F.linear(n, prepared.in_weight).chunk(2, -1)
-    u = causal_conv1d(xi.transpose(1, 2), layer.conv_weight, layer.conv_bias, activation="silu").transpose(1, 2)[
-        :, before:
-    ]
+    u = prepared.convolved(xi)[:, before:]
     coefficients = F.linear(u, prepared.x_weight)
     scan = _Scan(prepared, u, z[:, before:], coefficients, state)
     y, _, saved = scan.forward(save=True)
@@ -350,8 +369,27 @@ def _norm_backward(
     return dx  # type: ignore[no-any-return]
 
 
-def workspace(layer: Layer, backwards: bool) -> int:
-    """Bytes that a pass allocates beside its results."""
-    batch, length, _ = layer.tokens.shape
-    tokens = min(run_tokens(layer), batch * length)
-    return tokens * (10 if backwards else 6) * layer.channels * layer.tokens.element_size()
+def workspace(layer: Layer, backwards: bool, device: str = "") -> int:
+    """Bytes that a pass allocates beside its results: what a run holds while it is scanned, forwards or backwards.
+
+    Args:
+        layer: its tensors may have no memory.
+        backwards: which pass.
+        device: the type of the device that is meant, if it is not that of the tensors. What kernels of the scan take
+            inside comes on top.
+    """
+    batch, length, width = layer.tokens.shape
+    channels, states = layer.A_log.shape
+    product, dtype, scan = (x.itemsize for x in (layer.product_dtype, layer.dtype, layer.scan_dtype))
+    tokens = width * dtype if layer.group_weight is not None or layer.tokens.dtype != layer.dtype else 0
+    steps = 3 * channels * product  # xi, z, u
+    steps += (3 * channels + 2 * states) * scan if product != scan else channels * scan  # what the scan reads beside
+    if backwards or product == scan:
+        steps += layer.x_weight.shape[0] * product  # coefficients
+    steps += channels * scan  # y, or its gradient
+    if backwards:
+        steps += width * product if layer.norm_weight is not None or product != dtype else 0  # normalised tokens
+        steps += channels * states // CHUNK * scan  # states before chunks
+        steps += width * dtype if layer.proj_weight is not None else 0  # what the residual gives to their gradient
+        steps += (3 * channels + 2 * states) * scan  # gradients of u, delta, z, B and C
+    return min(run_tokens(layer, device), batch * length) * (tokens + steps)

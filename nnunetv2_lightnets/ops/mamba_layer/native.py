@@ -45,6 +45,11 @@ def saved_numbers(layer: Layer) -> int:
     return layer.tokens.shape[0] * _runs(layer) * layer.A_log.numel()
 
 
+def fits(layer: Layer, states: Tensor) -> bool:
+    """Whether :func:`forward` would have saved so many numbers."""
+    return states.numel() == saved_numbers(layer)
+
+
 def workspace(layer: Layer, backwards: bool) -> int:
     """Bytes that a pass allocates beside its results."""
     given = {name: 1 for name in _POINTERS if getattr(layer, name, layer.D) is not None}

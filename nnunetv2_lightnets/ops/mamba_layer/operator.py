@@ -24,7 +24,10 @@ class Backend(Protocol):
     """What the module of a backend offers; it gets only layers that have passed :meth:`Layer.check`."""
 
     def saved_numbers(self, layer: Layer) -> int:
-        """How many numbers of states :meth:`forward` saves; tensors may have no memory."""
+        """How many numbers of states :meth:`forward` saves, as a rule; tensors may have no memory."""
+
+    def fits(self, layer: Layer, states: Tensor) -> bool:
+        """Whether :meth:`backward` can use these states; else they are of another backend, or room for some."""
 
     def workspace(self, layer: Layer, backwards: bool) -> int:
         """Bytes that a pass allocates beside its results; tensors may have no memory."""
@@ -116,7 +119,7 @@ def _backward(grad_out: Tensor, *values: Any) -> tuple[Tensor, ...]:
         )
     backend, forced = _USES[int(used)]
     with use_backend(forced) if forced else nullcontext():
-        if states.numel() != backend.saved_numbers(layer):  # the graph was traced for another backend
+        if not backend.fits(layer, states):  # as where a graph relies on more
             _, states, moments = backend.forward(layer, True)
         gradients = backend.backward(layer, grad_out, states, moments)
     return tuple(layer.tokens.new_empty(0) if x is None else x for x in gradients)
@@ -127,8 +130,20 @@ def _backward_fake(grad_out: Tensor, *values: Any) -> tuple[Tensor, ...]:
     return tuple(layer.tokens.new_empty(0) if x is None else torch.empty_like(x) for x in layer.tensors())
 
 
-def _workspace(*values: Any, backwards: bool) -> int:
-    layer = layer_of(values)
+def workspace(*values: Any, device: str = "") -> int:
+    """Bytes that ``mamba_layer`` allocates beside its results, on the tensors' device or on another type of device."""
+    return _bytes(layer_of(values), False, device)
+
+
+def backward_workspace(grad_out: Tensor, *values: Any, device: str = "") -> int:
+    """The same for ``mamba_layer_backward``."""
+    return _bytes(layer_of(values), True, device)
+
+
+def _bytes(layer: Layer, backwards: bool, device: str) -> int:
+    elsewhere = device not in ("", layer.tokens.device.type)
+    if elsewhere or _backend(layer) is by_torch:
+        return by_torch.workspace(layer, backwards, device)
     return _backend(layer).workspace(layer, backwards)
 
 
@@ -145,5 +160,4 @@ define_backward(
     _backward,
     _backward_fake,
 )
-WORKSPACE["mamba_layer"] = lambda *values: _workspace(*values, backwards=False)
-WORKSPACE["mamba_layer_backward"] = lambda grad_out, *values: _workspace(*values, backwards=True)
+WORKSPACE.update({"mamba_layer": workspace, "mamba_layer_backward": backward_workspace})
