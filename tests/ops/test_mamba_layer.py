@@ -50,9 +50,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of 9 tokens, so that short sequences have several; the native backend has its own."""
+    """Runs of 9 tokens, or of 64 in the native backend, so that short sequences have several."""
     monkeypatch.setitem(token_moments.NUMBERS, "cpu", 1)
     monkeypatch.setattr(token_moments, "FEWEST", 9)
+    monkeypatch.setattr(native, "run_length", lambda layer: 64)
 
 
 def make(
@@ -339,6 +340,8 @@ def test_no_tensor_of_the_inner_width_exists_for_all_tokens(backend):
 @pytest.mark.parametrize("without", [(), OPTIONS["U-Mamba's"]], ids=["whole", "U-Mamba's"])
 def test_workspace_is_what_is_allocated(backend, without, low):
     """Beside results, within 10 %; several runs, of the length that they usually have."""
+    if backend is native:
+        pytest.skip("C allocates where torch does not see it: tests/ops/test_mamba_native.py")
     layer = replace(make(2, 20000, 32, out=32, state=16, without=without), low=low)
     arguments, backwards = operator.arguments(layer), "mamba_layer_backward"
     with torch.no_grad(), Numbers(*layer.tensors()) as forward:

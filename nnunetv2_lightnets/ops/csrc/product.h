@@ -62,12 +62,12 @@ INLINE void product_columns(real *c, int64_t c_row, factor a, const real *b, int
 }
 
 /* c (rows, columns) = a (rows, depth) b (depth, columns), plus what is there if `add`: long sums are so made of short
- * ones, which keeps them exact. Columns are filled up to whole
- * vectors. Either a.row or a.step is 1. */
+ * ones, which keeps them exact. Columns are filled up to a
+ * multiple of WIDTH. Either a.row or a.step is 1. */
 static void product(real *c, int64_t c_row, factor a, panels b, int rows, int64_t columns, int depth, bool add) {
     const bool by_rows = a.row == 1 && a.step != 1;
     for (; columns > 0; columns -= PANEL, c += PANEL, b.base += b.panel) {
-        if (columns > LANES) {
+        if (columns > LANES || WIDTH == PANEL) {
             if (by_rows) product_columns(c, c_row, a, b.base, b.row, rows, depth, add, 2, true);
             else product_columns(c, c_row, a, b.base, b.row, rows, depth, add, 2, false);
         } else {

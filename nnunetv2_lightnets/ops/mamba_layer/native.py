@@ -46,7 +46,7 @@ def saved_numbers(layer: Layer) -> int:
 
 
 def fits(layer: Layer, states: Tensor) -> bool:
-    """Whether :func:`forward` would have saved so many numbers."""
+    """Whether these are the states that :func:`forward` saves, for :func:`backward`."""
     return states.numel() == saved_numbers(layer)
 
 
