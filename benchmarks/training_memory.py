@@ -25,6 +25,7 @@ from recording import MOST_ROWS, RESULTS, Record, Tables, argument_parser, link,
 from nnunetv2_lightnets.costs.memory import Memory
 from nnunetv2_lightnets.costs.trainers import find_trainer_class
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.malloc import SWITCH
 from nnunetv2_lightnets.nnunet.memory import training_memory
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
@@ -32,7 +33,12 @@ from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
 MEASURED = RESULTS / "training_memory.csv"
 PAGE = "docs/planning.md"
 SMALL = {2: 64, 3: 16}  # side of the patch that comes before, by dimensions
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # glibc's
+ALLOCATOR = {  # glibc's settings, and that ours leave them as they are
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    SWITCH: "off",
+}
 VOLUMES = (((32, 32, 32), 2), ((40, 56, 40), 2), ((20, 96, 96), 2))
 LARGE_VOLUMES = (((64, 64, 64), 2), ((20, 128, 112), 2))
 IMAGES = (((192, 192), 2), ((256, 320), 2), ((384, 384), 1))

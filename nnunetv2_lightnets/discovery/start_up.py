@@ -6,7 +6,14 @@ export anything. It must cost nothing (no torch, no nnU-Net), keep what the user
 
 import os
 
-from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, external_folders, is_command, is_nnunet_command
+from nnunetv2_lightnets.discovery.environment import (
+    DISABLE,
+    SHIM_FOLDER,
+    VARIABLE,
+    external_folders,
+    is_command,
+    is_nnunet_command,
+)
 
 
 def announce() -> None:

@@ -163,14 +163,14 @@ class LightNetsTrainer(CheckpointTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does, with the network as it will predict."""
         self._name_scan_backend()  # where nothing was trained before
-        if self.device.type == "cpu":
-            reuse_freed_memory()
         trained = self.network  # type: ignore[has-type]
         if trained is self.bare_network:  # a compiled or distributed network is fast enough, and stays
             self.network = _for_prediction(trained)
+        hook = reuse_freed_memory_on_cpu(self.network)
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
+            hook.remove()
             self.network = trained
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -214,6 +214,8 @@ class LightNetsTrainer(CheckpointTrainer):
         Raises:
             LightNetsError: the loss or its gradient is not finite (under mixed precision: 20 times in a row).
         """
+        if self.device.type == "cpu":
+            reuse_freed_memory()
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
         if isinstance(target, list):
