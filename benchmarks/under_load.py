@@ -244,7 +244,7 @@ def predict(patch: Sequence[int], ways: Sequence[str], repeats: int) -> Iterator
         for turn in range(repeats):
             for way in ways:
                 out = commands.folder / f"out{turn}{ways.index(way)}"
-                off = {SWITCH: "off" if way == TORCHS else ""}
+                off = {SWITCH: "off" if way == TORCHS else ""} | (WAYS[way] if way not in (OURS, TORCHS) else {})
                 clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
                 done = commands.run(COMMAND, "-i", commands.folder / "images", "-o", out, *words, "-device", "cpu",
                                     "--disable_tta", **off)  # fmt: skip
@@ -305,12 +305,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, nargs=4, default=SIDES, help="voxels: predicted in 3D and 2D, trained")
     parser.add_argument("--out", type=Path, default=MEASURED)
     parser.add_argument("--predict", action="store_true", help="nnUNetv2_predict alone")
+    parser.add_argument(
+        "--spins", nargs="+", help="values of GOMP_SPINCOUNT to compare in place of both ways; see --out"
+    )
     parser.add_argument("--serve", nargs=3, help="trainer, what, and patch, in this process; what main() calls")
     arguments = parser.parse_args()
     if arguments.serve:
         trainer, what, patch = arguments.serve
         serve(trainer, what, json.loads(patch))
         return
+    if arguments.spins:
+        WAYS.clear()
+        WAYS.update({f"GOMP_SPINCOUNT={spins}": {"GOMP_SPINCOUNT": spins} for spins in arguments.spins})
+        arguments.waiting = tuple(WAYS)
     import torch
 
     torch.set_num_threads(THREADS)  # for the description alone
