@@ -13,8 +13,8 @@ import sys
 
 SWITCH = "NNUNET_LIGHTNETS_WAITING"
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # with any of them the user has decided
-# Turns of libgomp's loop, some 10 to 60 ns each; milliseconds for LLVM's and Intel's, whose least is 1. With none every
-# operation would begin and end in the kernel; with 10,000 a busy machine loses twice as much (benchmarks/under_load.py).
+# Turns of libgomp's loop, some 10 to 60 ns each, and milliseconds for LLVM's and Intel's, whose least is 1. With none,
+# every operation would begin and end in the kernel. benchmarks/under_load.py --spins compares others.
 SETTINGS = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 
 
