@@ -117,3 +117,8 @@ def test_the_doctor_says_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> No
     assert waiting() == "milliseconds: as the OpenMP runtime comes"
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     assert waiting() == "GOMP_SPINCOUNT=10000"
+
+
+def test_the_page_exports_what_commands_set() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text()
+    assert "export " + " ".join(f"{name}={value}" for name, value in SETTINGS.items()) in page
