@@ -215,6 +215,17 @@ def make_model(commands: Commands, patch: Sequence[int]) -> Path:
     from nnunetv2_lightnets.nnunet.rehearsal import make_trainer
 
     setting = patch_setting(patch, 1, CLASSES)
+    setting.plans["foreground_intensity_properties_per_channel"] = {"0": {}}  # only CT would be normalised by them
+    for what, order in (("data", 3), ("seg", 1), ("probabilities", 1)):  # as nnU-Net plans them
+        setting.plans["configurations"][setting.configuration] |= {
+            f"resampling_fn_{what}": "resample_data_or_seg_to_shape",
+            f"resampling_fn_{what}_kwargs": {
+                "is_seg": what == "seg",
+                "order": order,
+                "order_z": 0,
+                "force_separate_z": None,
+            },
+        }
     with temporary_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = make_trainer(find_trainer_class(PREDICTED), setting, 2, folder, torch.device("cpu"))
         name = f"{PREDICTED}__{setting.plans['plans_name']}__{setting.configuration}"

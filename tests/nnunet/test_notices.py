@@ -224,27 +224,33 @@ def test_too_little_memory_stops_with_numbers_and_remedies(
     monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
 ) -> None:
     trainer = made("nnUNetTrainerLightMUNet", [128, 128, 128])
-    monkeypatch.setattr(notices, "available_memory", lambda device: 40 * GB)
+    gigabytes: list[float] = [0.5]
+    monkeypatch.setattr(notices, "available_memory", lambda device: int(gigabytes[0] * GB))
     started, random = time.process_time(), (torch.get_rng_state(), np.random.get_state()[1])  # noqa: NPY002
     with pytest.raises(LightNetsError) as stopped:
         check_memory(trainer)
     notice = str(stopped.value)
     assert notice.startswith("a training step on patches of 128 x 128 x 128 with batch size 2 takes about")
-    assert "takes about 44.4 GB, and cpu has 40.0 GB" in notice and "\n" not in notice
+    assert "GB, and cpu has 0.5 GB" in notice and "\n" not in notice
     assert "S or T" in notice and "smaller batch size" in notice
     dataset = trainer.plans_manager.dataset_name
-    plan = f"nnUNetv2_lightnets plan -d {dataset} -c free -tr nnUNetTrainerLightMUNet --memory 40 -device cpu"
+    plan = f"nnUNetv2_lightnets plan -d {dataset} -c free -tr nnUNetTrainerLightMUNet --memory 0.5 -device cpu"
     assert f"({plan})" in notice
     assert time.process_time() - started < 20  # 4 s on a machine with nothing else to do
     assert torch.equal(random[0], torch.get_rng_state())
     assert np.array_equal(random[1], np.random.get_state()[1])  # noqa: NPY002
     counted = memory_of(trainer)
+    needed = counted.total / GB
+    assert f"takes about {needed:.1f} GB" in notice and 2 < needed < 45
     monkeypatch.setattr(notices, "memory_of", lambda *_: counted)
     monkeypatch.setenv(MEMORY_CHECK, "off")
     assert check_memory(trainer).startswith("WARNING: a training step on patches of 128 x 128 x 128")
     monkeypatch.delenv(MEMORY_CHECK)
-    monkeypatch.setattr(notices, "available_memory", lambda device: 80 * GB)
-    assert check_memory(trainer).endswith("with batch size 2 takes about 44.4 GB, and cpu has 80.0 GB")
+    gigabytes[0] = needed - 0.5
+    with pytest.raises(LightNetsError):
+        check_memory(trainer)
+    gigabytes[0] = needed + 0.5
+    assert f"with batch size 2 takes about {needed:.1f} GB, and cpu has" in check_memory(trainer)
 
 
 @pytest.fixture
