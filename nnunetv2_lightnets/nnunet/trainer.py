@@ -166,11 +166,12 @@ class LightNetsTrainer(CheckpointTrainer):
         trained = self.network  # type: ignore[has-type]
         if trained is self.bare_network:  # a compiled or distributed network is fast enough, and stays
             self.network = _for_prediction(trained)
-        hook = reuse_freed_memory_on_cpu(self.network)
+        hook = reuse_freed_memory_on_cpu(self.network) if self.device.type == "cpu" else None
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
-            hook.remove()
+            if hook is not None:
+                hook.remove()
             self.network = trained
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
