@@ -27,6 +27,7 @@ SCRIPTS = (  # each has tables()
     "swin_umamba_forward",
     "trainers_cpu",
     "training_memory",
+    "under_load",
 )
 
 

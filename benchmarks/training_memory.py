@@ -23,8 +23,10 @@ from network_costs import LIGHT_M, ULTRA_LIGHT
 from recording import MOST_ROWS, RESULTS, Record, Tables, argument_parser, link, read_rows, table
 
 from nnunetv2_lightnets.costs.memory import Memory
-from nnunetv2_lightnets.costs.trainers import find_trainer_class
+from nnunetv2_lightnets.costs.trainers import BASELINE, find_trainer_class
+from nnunetv2_lightnets.nnunet.available import available_main_memory
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.malloc import SWITCH
 from nnunetv2_lightnets.nnunet.memory import training_memory
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
@@ -32,9 +34,15 @@ from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
 MEASURED = RESULTS / "training_memory.csv"
 PAGE = "docs/planning.md"
 SMALL = {2: 64, 3: 16}  # side of the patch that comes before, by dimensions
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # glibc's
+ALLOCATOR = {  # glibc's settings, and that ours leave them as they are
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    SWITCH: "off",
+}
 VOLUMES = (((32, 32, 32), 2), ((40, 56, 40), 2), ((20, 96, 96), 2))
 LARGE_VOLUMES = (((64, 64, 64), 2), ((20, 128, 112), 2))
+LARGEST_VOLUMES = (((96, 96, 96), 2), ((128, 128, 128), 2))  # nnU-Net's usual ones; where the machine has the memory
 IMAGES = (((192, 192), 2), ((256, 320), 2), ((384, 384), 1))
 CNNS = ("nnUNetTrainerULite", *ULTRA_LIGHT)
 SWIN = ("nnUNetTrainerSwinUMambaScratch", "nnUNetTrainerSwinUMambaDScratch")
@@ -42,6 +50,8 @@ CASES = [
     *((trainer, *case) for trainer in LIGHT_M for case in (*VOLUMES, ((256, 320), 2))),
     *((trainer, *case) for trainer in CNNS for case in (*LARGE_VOLUMES, ((512, 512), 4))),
     *((trainer, *case) for trainer in SWIN for case in IMAGES),
+    *((trainer, *case) for case in LARGEST_VOLUMES for trainer in (BASELINE, *LIGHT_M, *CNNS)),
+    *((BASELINE, *case) for case in LARGE_VOLUMES),
 ]
 COLUMNS = ("trainer", "patch", "batch", "saved_MB", "estimated_MB", "measured_MB", "estimated_over_measured")
 
@@ -50,6 +60,7 @@ def main() -> None:
     """Measure and record."""
     parser = argument_parser(__doc__)
     parser.add_argument("--out", type=Path, default=MEASURED)
+    parser.add_argument("--trainers", nargs="+", help="these alone")
     parser.add_argument(
         "--case", nargs=3, metavar=("TRAINER", "PATCH", "BATCH"), help="this one alone, as JSON; used by itself"
     )
@@ -60,7 +71,13 @@ def main() -> None:
         return
     record = Record(args.out, "trainer", "patch", "batch")
     for trainer, patch, batch in CASES:
-        record.put(in_own_process(__file__, "--case", trainer, json.dumps(patch), str(batch)))
+        if args.trainers and trainer not in args.trainers:
+            continue
+        row = in_own_process(__file__, "--case", trainer, json.dumps(patch), str(batch))
+        if row:
+            record.put(row)
+        else:
+            print(f"{trainer}, {patch}: this machine has too little memory", file=sys.stderr)
 
 
 def in_own_process(script: str, *words: str) -> dict[str, object]:
@@ -85,11 +102,14 @@ def tables() -> Tables:
 
 
 def measure(name: str, patch: tuple[int, ...], batch: int) -> dict[str, object]:
-    """One row: estimate, then training steps of one channel and three classes."""
+    """One row: estimate, then training steps of one channel and three classes; none where they do not fit."""
     torch.set_num_threads(1)
     trainer_class = find_trainer_class(name)
     setting = patch_setting(patch, 1, 3)
     estimate = training_memory(trainer_class, setting, batch)
+    available = available_main_memory()
+    if available is not None and 1.1 * estimate.total > available:
+        return {}
     measured = measured_memory(name, setting, batch)
     megabytes = [round(n / 2**20) for n in (estimate.saved, estimate.total, measured)]
     sizes = " x ".join(map(str, setting.patch))

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", default=PLANS, metavar="PLANS", help=f"plans to start from (default: {PLANS})")
     parser.add_argument("--memory", type=float, metavar="GB",
                         help=f"memory that a training step may take (default: {MEMORY:g}, as in nnU-Net)")  # fmt: skip
+    parser.add_argument("-device", choices=("cpu", "cuda", "mps"),
+                        help="where to train: mixed precision on cuda, float32 elsewhere "
+                        "(default: cuda where there is one, else cpu)")  # fmt: skip
     parser.add_argument("--suffix", metavar="NAME", help="end of the new plans' name")
     parser.add_argument("--preprocess", action="store_true", help="preprocess what is not yet preprocessed")
     parser.add_argument("-np", type=int, default=4, metavar="N", help="processes of --preprocess (default 4)")
@@ -51,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
     if name == args.p:
         raise LightNetsError(f"-p {args.p} would be overwritten by the plans made from it; give another --suffix")
     fixed = {} if reference is None else reference.fixed()
-    planner = Planner(trainer_class, base, dataset_json, name, args.memory, **fixed)
+    device = args.device or _device_here()
+    planner = Planner(trainer_class, base, dataset_json, name, args.memory, **fixed, device=device)
     configurations = args.c or _fitting(trainer_class, base, reference)
     planned = planner.plan(configurations)
     plans = _write(folder / f"{name}.json", planner.plans)
-    for line in _report(planned, reference, trainer_class):
+    for line in _report(planned, reference, trainer_class, device):
         print(line)
     missing = _not_preprocessed(folder, plans, planned, int(dataset_json["numTraining"]))
     if missing and args.preprocess:
@@ -146,10 +150,19 @@ def _write(file: Path, plans: dict[str, Any]) -> dict[str, Any]:
     return plans
 
 
-def _report(planned: Sequence[Planned], reference: ReferenceSetting | None, trainer_class: type[Any]) -> list[str]:
+def _device_here() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _report(
+    planned: Sequence[Planned], reference: ReferenceSetting | None, trainer_class: type[Any], device: str
+) -> list[str]:
+    precision = "mixed precision on a GPU" if device == "cuda" else "float32"
     lines = [
         f"  {p.configuration}: patch {' x '.join(map(str, p.patch))}, batch size {p.batch_size}, "
-        f"about {p.memory / GIGABYTE:.2f} GB for a training step in float32"
+        f"about {p.memory / GIGABYTE:.2f} GB for a training step in {precision}"
         for p in planned
     ]
     if reference is not None:

@@ -46,6 +46,7 @@ class Planner:
         memory: gigabytes that a training step may take; without it, 8, and what the caller fixes goes above it.
         patch: patch size to take as it is, by dimensions.
         batch_size: batch size to take as it is, by dimensions.
+        device: where to train, ``cpu`` (float32) or ``cuda`` (mixed precision); it need not be here.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Planner:
         memory: float | None = None,
         patch: Mapping[int, Sequence[int]] | None = None,
         batch_size: Mapping[int, int] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.trainer_class = trainer_class
         self.dataset_json = dict(dataset_json)
@@ -66,6 +68,7 @@ class Planner:
         self.limit = None if memory is None else int(memory * GIGABYTE)
         self.patch = dict(patch or {})
         self.batch_size = dict(batch_size or {})
+        self.device = device
 
     def plan(self, configurations: Sequence[str]) -> list[Planned]:
         """Plan these configurations, and those they inherit from or take a previous segmentation from.
@@ -247,9 +250,12 @@ class Planner:
         return math.prod(median) * int(self.dataset_json["numTraining"])
 
     def _memory(self, name: str, batch_size: int) -> int:
+        import torch
+
         from nnunetv2_lightnets.nnunet.memory import training_memory
 
-        return int(training_memory(self.trainer_class, self._setting(name), batch_size).total)
+        device = torch.device(self.device)
+        return int(training_memory(self.trainer_class, self._setting(name), batch_size, device).total)
 
     def _set(self, name: str, patch: Sequence[int], strides: list[list[int]] | None, batch_size: int) -> None:
         self._entry(name)["patch_size"] = [int(side) for side in patch]

@@ -13,7 +13,15 @@ def external_folders() -> list[str]:
     return [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder.strip()]
 
 
+def is_command() -> bool:
+    """Whether this process was started as a command of nnU-Net's (``nnUNetv2_train``, ...) or as our own."""
+    return _program().startswith("nnUNetv2_")
+
+
 def is_nnunet_command() -> bool:
-    """Whether this process was started as one of nnU-Net's commands (``nnUNetv2_train``, ``nnUNetv2_predict``, ...)."""
-    program = os.path.basename(sys.argv[0] if sys.argv else "")
-    return program.startswith("nnUNetv2_") and not program.startswith("nnUNetv2_lightnets")
+    """Whether it was started as one of nnU-Net's."""
+    return is_command() and not _program().startswith("nnUNetv2_lightnets")
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0] if sys.argv else "")

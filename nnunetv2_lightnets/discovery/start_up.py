@@ -1,4 +1,4 @@
-"""What Python runs when it starts: tell nnU-Net where our trainers are.
+"""What Python runs when it starts: tell nnU-Net where our trainers are, and torch's threads how to wait.
 
 nnU-Net searches the folders in ``nnUNet_extTrainer``. :func:`announce` appends ours, so that no user has to
 export anything. It must cost nothing (no torch, no nnU-Net), keep what the user set, and never fail.
@@ -6,7 +6,14 @@ export anything. It must cost nothing (no torch, no nnU-Net), keep what the user
 
 import os
 
-from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, external_folders, is_nnunet_command
+from nnunetv2_lightnets.discovery.environment import (
+    DISABLE,
+    SHIM_FOLDER,
+    VARIABLE,
+    external_folders,
+    is_command,
+    is_nnunet_command,
+)
 
 
 def announce() -> None:
@@ -16,6 +23,10 @@ def announce() -> None:
     folders = external_folders()
     if SHIM_FOLDER not in folders:
         os.environ[VARIABLE] = os.pathsep.join([*folders, SHIM_FOLDER])
+    if is_command():
+        from nnunetv2_lightnets.discovery.waiting import shorten_waiting
+
+        shorten_waiting()
     if is_nnunet_command():
         from nnunetv2_lightnets.discovery.command_line import report_errors_if_ours
 

@@ -4,7 +4,9 @@ A whole training step is taken: forward pass, nnU-Net's loss at full resolution,
 alive at the worst moment counts: tensors saved for the backward pass, gradients passing through it, parameters, their
 gradients, the optimizer's state, the batch, the states that the selective scan keeps.
 
-Counted in float32, as networks train on a CPU. Under the mixed precision of a GPU most activations take half of it.
+On a CPU a step is in float32. On CUDA it is in mixed precision: what is half there is counted so, with what the scan's
+kernels allocate inside (see ``mixed_precision.py``; the fake tensors are the CPU's all the same, so that no GPU is
+needed). Not counted is what CUDA and its libraries take for themselves, and what ``torch.compile`` saves.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.mixed_precision import cuda_autocast
 from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_targets, make_trainer
+from nnunetv2_lightnets.ops import library
+from nnunetv2_lightnets.ops.selective_scan import workspace
 
 NOBODY = contextlib.nullcontext()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,20 @@ class TrainingMemory:
         return self.fixed + self.step
 
 
-def training_memory(trainer_class: type[Any], setting: Setting, batch_size: int) -> TrainingMemory:
+def training_memory(
+    trainer_class: type[Any], setting: Setting, batch_size: int, device: torch.device = CPU
+) -> TrainingMemory:
     """Memory of one training step, counted without running it.
 
     Args:
         trainer_class: a trainer of ours, or nnU-Net's; its network, loss and optimizer are what is counted.
         setting: plans with patch size and strides, and the data set's description.
         batch_size: patches of a step.
+        device: where it is to train; it need not be here.
     """
     with temporary_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = make_trainer(trainer_class, setting, batch_size, folder, torch.device("cpu"))
-    return step_memory(trainer, setting.patch, batch_size)
+        trainer = make_trainer(trainer_class, setting, batch_size, folder, CPU)
+    return step_memory(trainer, setting.patch, batch_size, device)
 
 
 def memory_of(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> TrainingMemory:
@@ -66,7 +75,7 @@ def memory_of(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> T
         watch: entered while the step is counted; a dispatch mode sees its operations.
     """
     rehearsed = copy.copy(trainer)
-    rehearsed.device, rehearsed.is_ddp = torch.device("cpu"), False
+    rehearsed.device, rehearsed.is_ddp = CPU, False
     with torch.device("meta"):
         rehearsed.network = trainer.trained_network(
             trainer.configuration_manager,
@@ -76,11 +85,16 @@ def memory_of(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> T
         )
     rehearsed.optimizer, _ = rehearsed.configure_optimizers()
     rehearsed.loss = rehearsed._build_loss()
-    return step_memory(rehearsed, trainer.configuration_manager.patch_size, trainer.batch_size, watch)
+    patch = trainer.configuration_manager.patch_size
+    return step_memory(rehearsed, patch, trainer.batch_size, trainer.device, watch)
 
 
 def step_memory(
-    trainer: Any, patch: Sequence[int], batch_size: int, watch: AbstractContextManager[object] = NOBODY
+    trainer: Any,
+    patch: Sequence[int],
+    batch_size: int,
+    device: torch.device = CPU,
+    watch: AbstractContextManager[object] = NOBODY,
 ) -> TrainingMemory:
     """Memory of one step of this trainer, which cannot be used afterwards.
 
@@ -88,12 +102,14 @@ def step_memory(
         trainer: initialized, on a CPU; its network may be on the meta device, which has no memory.
         patch: voxels along each axis.
         batch_size: patches of a step.
+        device: where the step is to run; mixed precision on CUDA.
         watch: entered while the step is counted.
     """
+    on_gpu = device.type == "cuda"
     state_bytes = sum(p.numel() for p in trainer.network.parameters()) * _state_per_weight(trainer.optimizer)
-    mode, live = FakeTensorMode(), _LiveBytes()
-    with mode:  # parameters and buffers become fake ones; the real ones are freed
-        trainer.network._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+    mode, live = FakeTensorMode(), _LiveBytes(on_gpu)
+    with mode:
+        _make_fake(trainer.network)
     with mode, live, watch:
         weight_bytes = sum(t.untyped_storage().nbytes() for t in trainer.network.state_dict().values())
         outside = live.bytes
@@ -101,13 +117,28 @@ def step_memory(
         trainer.network.train()
         live.peak = live.bytes
         saved = _SavedBytes()
-        with saved:
+        with saved, cuda_autocast() if on_gpu else NOBODY:
             answers = trainer.network(data)
             targets = make_targets(trainer, answers, batch_size)
             loss = trainer.loss(answers, targets)
             del answers  # as in our training step
         loss.backward()
     return TrainingMemory(fixed=weight_bytes + state_bytes, step=live.peak - outside, saved=saved.bytes)
+
+
+def _make_fake(network: nn.Module) -> None:
+    """Replace parameters and buffers by fake ones; the real ones are freed. A shared one stays shared."""
+    fake: dict[torch.Tensor, torch.Tensor] = {}
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in fake:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    fake[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                tensors[name] = fake[tensor]  # type: ignore[assignment]
 
 
 def _state_per_weight(optimizer: torch.optim.Optimizer) -> int:
@@ -121,10 +152,15 @@ def _state_per_weight(optimizer: torch.optim.Optimizer) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages alive, and the most there ever were."""
+    """Counts the bytes of all storages alive, and the most there ever were.
 
-    def __init__(self) -> None:
+    Args:
+        on_gpu: whether to count what the scan's kernels on GPUs take inside.
+    """
+
+    def __init__(self, on_gpu: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._on_gpu = on_gpu
         self.bytes = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -136,7 +172,16 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.bytes + self._inside(func, args))
         return out
+
+    def _inside(self, func: Any, args: Any) -> int:
+        """Bytes that an operator of ours takes while it runs."""
+        if func.namespace != library.NAMESPACE:
+            return 0
+        name = func.__name__.partition(".")[0]
+        registered = getattr(library, "WORKSPACE", {}) | (workspace.OPERATORS if self._on_gpu else {})
+        return int(registered[name](*args)) if name in registered else 0
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -150,7 +195,6 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._alive[key] = weakref.ref(storage, freed)
         self.bytes += size
-        self.peak = max(self.peak, self.bytes)
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shlex
 import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.files import last_line
+from nnunetv2_lightnets.nnunet.available import available_memory
 from nnunetv2_lightnets.nnunet.memory import NOBODY, memory_of
 from nnunetv2_lightnets.ops.selective_scan.dispatch import (
     ENVIRONMENT_VARIABLE,
@@ -26,7 +29,9 @@ from nnunetv2_lightnets.ops.selective_scan.dispatch import (
 )
 from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 
+MEMORY_CHECK = "NNUNET_LIGHTNETS_MEMORY_CHECK"
 _GIGABYTE = 2**30
+_NNUNETS_TARGET = 8  # gigabytes that nnU-Net plans for
 _KINDS = {"A_log": "plain", "A_logs": "directional"}  # the parameter of a network that scans, and how it does
 
 
@@ -90,48 +95,66 @@ def show_warnings() -> None:
         logger.addHandler(_Terminal(logging.WARNING))
 
 
-def memory_notice(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> str | None:
-    """A warning that a training step will not fit into the device's memory; None if it will, or if nobody knows.
+def check_memory(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -> str:
+    """What a training step needs by estimate, and what can be had on the device, in a line for the log.
 
-    The step is counted and not run, see :mod:`nnunetv2_lightnets.nnunet.memory`; on CUDA under mixed precision.
+    The step is counted and not run, see :mod:`nnunetv2_lightnets.nnunet.memory`. Of several GPUs each looks at its own.
 
     Args:
         trainer: About to train.
         watch: Entered while the step is counted.
+
+    Raises:
+        LightNetsError: It does not fit; the remedy has the command that makes plans that do. Set
+            ``NNUNET_LIGHTNETS_MEMORY_CHECK=off`` to have that as a warning in the line.
     """
     device: torch.device = trainer.device
     try:
-        available = device_memory(device)
-        if available is None:
-            return None
-        mixed = torch.autocast("cpu", dtype=torch.float16, enabled=device.type == "cuda")
-        with torch.random.fork_rng(devices=[]), mixed:
+        with torch.random.fork_rng(devices=[]):
             needed = memory_of(trainer, watch).total
+        available = available_memory(device)
+        # The network is there already.
+        held = sum(p.untyped_storage().nbytes() for p in trainer.network.parameters() if p.device == device)
     except Exception as error:  # an estimate must not stop a training
         return f"the memory of a training step could not be estimated: {last_line(error)}"
-    if needed <= available:
-        return None
     patch = " x ".join(map(str, trainer.configuration_manager.patch_size))
+    step = (
+        f"a training step on patches of {patch} with batch size {trainer.batch_size} takes about "
+        f"{needed / _GIGABYTE:.1f} GB"
+    )
+    if available is None:
+        return f"{step}; what {device.type} has is not known"
+    available += held
     gigabytes = available / _GIGABYTE
-    plan = f"-d {trainer.plans_manager.dataset_name} -tr {type(trainer).__name__} --memory {gigabytes:.0f}"
+    if needed <= available:
+        return f"{step}, and {device.type} has {gigabytes:.1f} GB"
+    message = f"{step}, and {device.type} has {gigabytes:.1f} GB. {_remedy(trainer, gigabytes, needed / _GIGABYTE)}"
+    if os.environ.get(MEMORY_CHECK, "").strip().lower() in ("off", "0", "false", "no"):
+        return f"WARNING: {message}"
+    raise LightNetsError(f"{message}. If the estimate is wrong, {MEMORY_CHECK}=off trains all the same")
+
+
+def _remedy(trainer: Any, gigabytes: float, needed: float) -> str:
+    """What to do where a step needs more than there is, with a command that can be typed."""
+    dataset = trainer.plans_manager.dataset_name
+    if _planner_fits(trainer):
+        least = max(0.1, math.floor(10 * gigabytes) / 10)
+        words = ["nnUNetv2_lightnets", "plan", "-d", dataset, "-c", trainer.configuration_name]
+        words += ["-tr", type(trainer).__name__, "--memory", f"{least:g}", "-device", trainer.device.type]
+    else:  # nnU-Net's own plans fit these networks, and have a target in GB for its own network
+        target = f"{_NNUNETS_TARGET * gigabytes / needed:.1f}"
+        words = ["nnUNetv2_plan_experiment", "-d", dataset, "-gpu_memory_target", target]
+        words += ["-overwrite_plans_name", f"nnUNetPlans_{target}GB"]
     return (
-        f"WARNING: a training step on patches of {patch} with batch size {trainer.batch_size} takes about "
-        f"{needed / _GIGABYTE:.1f} GB, and {device.type} has {gigabytes:.1f} GB. Take a smaller network (a trainer "
-        f"ending in S or T), or plans that fit (nnUNetv2_lightnets plan {plan}), or a smaller batch size in the plans"
+        f"Take a smaller network (a trainer ending in S or T), or plans that fit ({shlex.join(words)}), "
+        "or a smaller batch size in the plans"
     )
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has, or that this machine can still give to a training on a CPU; None if unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type != "cpu":
-        return None
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+def _planner_fits(trainer: Any) -> bool:
+    """Whether there is something to plan for its network, as ``nnUNetv2_lightnets plan`` sees it."""
+    if type(trainer).n_downsamplings is not None:
+        return True
+    return "strides" not in trainer.planned_architecture(trainer.configuration_manager) and hasattr(
+        trainer.bare_network, "stride"
+    )

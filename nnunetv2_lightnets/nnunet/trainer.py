@@ -25,7 +25,7 @@ from nnunetv2_lightnets.networks import create_network, list_networks, network_e
 from nnunetv2_lightnets.nnunet.checkpoints import CheckpointTrainer
 from nnunetv2_lightnets.nnunet.freezing import backward
 from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
-from nnunetv2_lightnets.nnunet.notices import memory_notice, scan_notice, scans, show_warnings
+from nnunetv2_lightnets.nnunet.notices import check_memory, scan_notice, scans, show_warnings
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
@@ -163,14 +163,15 @@ class LightNetsTrainer(CheckpointTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate as nnU-Net does, with the network as it will predict."""
         self._name_scan_backend()  # where nothing was trained before
-        if self.device.type == "cpu":
-            reuse_freed_memory()
         trained = self.network  # type: ignore[has-type]
         if trained is self.bare_network:  # a compiled or distributed network is fast enough, and stays
             self.network = _for_prediction(trained)
+        hook = reuse_freed_memory_on_cpu(self.network) if self.device.type == "cpu" else None
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
+            if hook is not None:
+                hook.remove()
             self.network = trained
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -181,7 +182,15 @@ class LightNetsTrainer(CheckpointTrainer):
         self.bare_network.decoder.deep_supervision = enabled and self.enable_deep_supervision  # type: ignore[union-attr]
 
     def on_train_start(self) -> None:
-        """Start as nnU-Net does, and write into the log what is trained and with what."""
+        """Start as nnU-Net does, and write into the log what is trained, with what, and what memory a step needs.
+
+        Raises:
+            LightNetsError: there is too little memory for a step; no other process has been started yet.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        calls = Calls()
+        memory = check_memory(self, calls)
         super().on_train_start()
         parameters = sum(p.numel() for p in self.bare_network.parameters())
         self.print_to_log_file(
@@ -189,10 +198,8 @@ class LightNetsTrainer(CheckpointTrainer):
             f"{parameters:,} parameters, torch {torch.__version__}"
         )
         self._name_scan_backend()
-        calls = Calls()
-        notice = memory_notice(self, calls)
-        if notice is not None and self.local_rank == 0:
-            self.print_to_log_file(notice)
+        if self.local_rank == 0:
+            self.print_to_log_file(memory)
         if self.device.type == "cuda" and len(calls):
             warm_up(calls, self.device, self.print_to_log_file if self.local_rank == 0 else lambda line: None)
 
@@ -214,6 +221,8 @@ class LightNetsTrainer(CheckpointTrainer):
         Raises:
             LightNetsError: the loss or its gradient is not finite (under mixed precision: 20 times in a row).
         """
+        if self.device.type == "cpu":
+            reuse_freed_memory()
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
         if isinstance(target, list):

@@ -24,6 +24,7 @@ import training_memory
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
 LONG = {  # tables of more than MOST_ROWS rows, by page and first column's title: why they are not cut
     ("api.md", "name"): "an index of names",
+    ("api.md", "variable"): "an index, too",
     ("baselines.md", "trainer"): "what each trainer is for; no figures that a file could hold",
     ("planning.md", "name"): "the names that --like takes",
     ("troubleshooting.md", "symptom"): "a reader looks for the one at hand",

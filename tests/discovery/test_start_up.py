@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
 from nnunetv2_lightnets.discovery.start_up import announce
+from nnunetv2_lightnets.discovery.waiting import SETTINGS, SWITCH, VARIABLES, waiting
 
 
 def run(code: str, *arguments: str, **environment: str | None) -> str:
@@ -67,3 +69,56 @@ def test_announce_twice_is_announce_once(monkeypatch: pytest.MonkeyPatch) -> Non
     announce()
     announce()
     assert os.environ[VARIABLE] == f"/theirs{os.pathsep}{SHIM_FOLDER}"
+
+
+def set_in(program: str, tmp_path: Path, **environment: str | None) -> dict[str, str]:
+    """Which of the variables of waiting threads a program of this name finds set."""
+    file = tmp_path / program
+    file.write_text(f"import os; print(*(f'{{n}}={{os.environ[n]}}' for n in {VARIABLES} if n in os.environ))")
+    env = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, SWITCH, DISABLE)}
+    env |= {key: value for key, value in environment.items() if value is not None}
+    done = subprocess.run([sys.executable, str(file)], env=env, capture_output=True, text=True, check=True)
+    return dict(word.split("=") for word in done.stdout.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="set on Linux alone")
+@pytest.mark.parametrize("program", ["nnUNetv2_train", "nnUNetv2_predict", "nnUNetv2_lightnets"])
+def test_threads_of_commands_do_not_wait_long(program: str, tmp_path: Path) -> None:
+    """Those that they start inherit it: nnU-Net's workers, and processes that measure."""
+    assert set_in(program, tmp_path) == SETTINGS
+
+
+def test_other_programs_are_left_alone(tmp_path: Path) -> None:
+    assert set_in("my_script.py", tmp_path) == {}
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_waiting_that_the_user_has_set_stays(variable: str, tmp_path: Path) -> None:
+    assert set_in("nnUNetv2_train", tmp_path, **{variable: "7"}) == {variable: "7"}
+
+
+@pytest.mark.parametrize("off", [{SWITCH: "off"}, {DISABLE: "1"}])
+def test_waiting_can_be_left_as_torch_has_it(off: dict[str, str], tmp_path: Path) -> None:
+    assert set_in("nnUNetv2_train", tmp_path, **off) == {}
+
+
+def test_libgomp_reads_it_from_an_environment_that_is_set_by_python() -> None:
+    code = f"import os; os.environ.update({SETTINGS}); os.environ['OMP_DISPLAY_ENV'] = 'verbose'; import torch"
+    env = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this torch has another OpenMP runtime")
+    assert f"GOMP_SPINCOUNT = '{SETTINGS['GOMP_SPINCOUNT']}'" in done.stderr
+
+
+def test_the_doctor_says_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert waiting() == "milliseconds: as the OpenMP runtime comes"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    assert waiting() == "GOMP_SPINCOUNT=10000"
+
+
+def test_the_page_exports_what_commands_set() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text()
+    assert "export " + " ".join(f"{name}={value}" for name, value in SETTINGS.items()) in page

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_memory import ALLOCATOR
 
 from nnunetv2_lightnets.nnunet import memory
 from nnunetv2_lightnets.nnunet.memory import training_memory
@@ -96,9 +97,8 @@ def test_nothing_of_the_users_is_touched(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_estimate_is_what_training_takes(trainer: str, patch: str, batch: str) -> None:
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "training_memory.py"), "--case", trainer, patch, batch]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | allocator)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | ALLOCATOR)
     row = json.loads(done.stdout.splitlines()[-1])
     assert 0.8 < row["estimated_over_measured"] < 1.2, row
 

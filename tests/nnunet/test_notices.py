@@ -17,12 +17,14 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_lightnets import list_networks
+from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.mamba import Mamba
 from nnunetv2_lightnets.nnunet import notices
 from nnunetv2_lightnets.nnunet import trainer as trainer_module
+from nnunetv2_lightnets.nnunet.available import available_memory
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.memory import memory_of, training_memory
-from nnunetv2_lightnets.nnunet.notices import device_memory, memory_notice, scan_backend, scan_notice
+from nnunetv2_lightnets.nnunet.notices import MEMORY_CHECK, check_memory, scan_backend, scan_notice
 from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_trainer
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
@@ -158,7 +160,7 @@ def test_the_log_names_the_backend_once(
     without_fast_scans(monkeypatch)
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities: None)
-    monkeypatch.setattr(trainer_module, "memory_notice", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "check_memory", lambda *_: "enough")
     trainer = made(f"nnUNetTrainer{name}", [32, 32])
     said = _said(trainer)
     for start in starts:
@@ -178,7 +180,7 @@ def test_one_process_of_several_names_the_backend(
         say("selective scan kernels")
 
     monkeypatch.setattr(trainer_module, "warm_up", warm_up)
-    monkeypatch.setattr(notices, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(notices, "available_memory", lambda device: 2**40)
     trainer = made("nnUNetTrainerLightMUNetT", [32, 32])
     said = _said(trainer)
     trainer.local_rank, trainer.device = 1, torch.device("cuda", 1)
@@ -218,21 +220,79 @@ def test_networks_without_a_scan_say_nothing_of_it(name: str, made: Callable[...
     assert scan_notice(made(name, [32, 32]).network, CPU) is None
 
 
-def test_too_little_memory_is_a_warning_with_number_and_remedies(
+def test_too_little_memory_stops_with_numbers_and_remedies(
     monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
 ) -> None:
     trainer = made("nnUNetTrainerLightMUNet", [128, 128, 128])
-    monkeypatch.setattr(notices, "device_memory", lambda device: 40 * GB)
+    gigabytes: list[float] = [0.5]
+    monkeypatch.setattr(notices, "available_memory", lambda device: int(gigabytes[0] * GB))
     started, random = time.process_time(), (torch.get_rng_state(), np.random.get_state()[1])  # noqa: NPY002
-    notice = memory_notice(trainer)
-    assert notice is not None and notice.startswith("WARNING: a training step on patches of 128 x 128 x 128")
-    assert "takes about 44.4 GB, and cpu has 40.0 GB" in notice
-    assert "--memory 40" in notice and "S or T" in notice and "smaller batch size" in notice
+    with pytest.raises(LightNetsError) as stopped:
+        check_memory(trainer)
+    notice = str(stopped.value)
+    assert notice.startswith("a training step on patches of 128 x 128 x 128 with batch size 2 takes about")
+    assert "GB, and cpu has 0.5 GB" in notice and "\n" not in notice
+    assert "S or T" in notice and "smaller batch size" in notice
+    dataset = trainer.plans_manager.dataset_name
+    plan = f"nnUNetv2_lightnets plan -d {dataset} -c free -tr nnUNetTrainerLightMUNet --memory 0.5 -device cpu"
+    assert f"({plan})" in notice
     assert time.process_time() - started < 20  # 4 s on a machine with nothing else to do
     assert torch.equal(random[0], torch.get_rng_state())
     assert np.array_equal(random[1], np.random.get_state()[1])  # noqa: NPY002
-    monkeypatch.setattr(notices, "device_memory", lambda device: 80 * GB)
-    assert memory_notice(trainer) is None
+    counted = memory_of(trainer)
+    needed = counted.total / GB
+    assert f"takes about {needed:.1f} GB" in notice and 2 < needed < 45
+    monkeypatch.setattr(notices, "memory_of", lambda *_: counted)
+    monkeypatch.setenv(MEMORY_CHECK, "off")
+    assert check_memory(trainer).startswith("WARNING: a training step on patches of 128 x 128 x 128")
+    monkeypatch.delenv(MEMORY_CHECK)
+    gigabytes[0] = needed - 0.5
+    with pytest.raises(LightNetsError):
+        check_memory(trainer)
+    gigabytes[0] = needed + 0.5
+    assert f"with batch size 2 takes about {needed:.1f} GB, and cpu has" in check_memory(trainer)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU that has 1 GB free, of whose used memory torch holds 0.5 GB, 0.2 of them in tensors."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GB, 24 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GB // 2)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GB // 5)
+    return torch.device("cuda", 1)
+
+
+def test_what_is_free_on_a_gpu_counts(gpu: torch.device, made: Callable[..., Any]) -> None:
+    assert available_memory(gpu) == GB + GB // 2 - GB // 5
+    trainer = made("nnUNetTrainerULite", [64, 64, 64])
+    trainer.device = gpu
+    assert "and cuda has 1.3 GB" in check_memory(trainer)
+    trainer.batch_size = 20  # of this process alone, where several train together
+    with pytest.raises(LightNetsError, match=r"batch size 20 takes about .* --memory 1\.3 -device cuda\)"):
+        check_memory(trainer)
+
+
+def test_networks_that_nnunets_plans_fit_get_its_command(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]
+) -> None:
+    trainer = made("nnUNetTrainerUMambaBot", [64, 64])
+    monkeypatch.setattr(notices, "available_memory", lambda device: 2**24)
+    with pytest.raises(LightNetsError, match=r"\(nnUNetv2_plan_experiment -d \S+ -gpu_memory_target \d"):
+        check_memory(trainer)
+
+
+def test_a_training_that_does_not_fit_starts_nothing(monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: started.append(self))
+    monkeypatch.setattr(notices, "available_memory", lambda device: 2**20)
+    trainer = made("nnUNetTrainerULite", [32, 32])
+    with pytest.raises(LightNetsError):
+        trainer.on_train_start()
+    assert not started
+    monkeypatch.setenv(MEMORY_CHECK, "off")
+    said = _said(trainer)
+    trainer.on_train_start()
+    assert started and sum("cpu has 0.0 GB" in line for line in said) == 1
 
 
 def test_the_trainer_is_left_as_it_is(made: Callable[..., Any]) -> None:
@@ -260,13 +320,13 @@ def test_an_estimate_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch, m
         raise RuntimeError("a page\nof words")
 
     monkeypatch.setattr(notices, "memory_of", fail)
-    notice = memory_notice(made("nnUNetTrainerULite", [32, 32]))
+    notice = check_memory(made("nnUNetTrainerULite", [32, 32]))
     assert notice == "the memory of a training step could not be estimated: of words"
 
 
 def test_memory_of_this_machine() -> None:
-    found = device_memory(CPU)
+    found = available_memory(CPU)
     assert found is None or 2**28 < found < 2**50
-    assert device_memory(torch.device("mps")) is None
+    assert available_memory(torch.device("mps")) is None
     if Path("/proc/meminfo").exists():
         assert found is not None

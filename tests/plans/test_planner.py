@@ -104,6 +104,14 @@ def test_cascade_inherits_and_keeps_its_previous_stage() -> None:
     assert planned["3d_cascade_fullres"].memory > planned["3d_fullres"].memory, "it has more input channels"
 
 
+def test_a_gpu_trains_in_half_precision() -> None:
+    """Which the estimate knows, without a GPU."""
+    plans = base_plans((128, 128), (128, 128))
+    full, mixed = (planner("nnUNetTrainerULite", *plans, device=device).plan(["2d"])[0] for device in ("cpu", "cuda"))
+    assert mixed.patch == full.patch and mixed.batch_size == full.batch_size
+    assert 0.4 < mixed.memory / full.memory < 0.9
+
+
 def test_swin_umamba_refuses_volumes() -> None:
     with pytest.raises(LightNetsError, match="swin_umamba does not exist in 3D"):
         planner("nnUNetTrainerSwinUMamba", *base_plans((32, 32, 32), (32, 32, 32))).plan(["3d_fullres"])
@@ -184,11 +192,13 @@ def test_command_writes_plans_and_says_what_comes_next(dataset: Path, capsys: py
     plans = json.loads((dataset / "nnUNetPlans_ultralight_unet_T.json").read_text())
     assert plans["plans_name"] == "nnUNetPlans_ultralight_unet_T"
     assert "nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans_ultralight_unet_T -c 2d" in said
+    assert "for a training step in float32" in said
     (dataset / "free").mkdir()
     for case in range(10):
         (dataset / "free" / f"{case}.pkl").touch()
-    assert main(["plan", "-d", "901", "-tr", TINY]) == 0
+    assert main(["plan", "-d", "901", "-tr", TINY, "-device", "cuda"]) == 0
     said = capsys.readouterr().out
+    assert "for a training step in mixed precision on a GPU" in said
     assert "are overwritten" in said and "Do not preprocess again" in said
 
 
