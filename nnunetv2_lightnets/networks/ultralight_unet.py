@@ -25,15 +25,18 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
+    POINTWISE,
     BatchNorm,
     Convolution,
     channels_last_on_cpu,
     checked_strides,
     depthwise_convolution,
     max_pool,
+    pointwise_convolution,
     upsample_linear,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 
 VARIANTS: dict[str, tuple[int, ...]] = {
@@ -50,7 +53,8 @@ SPATIAL_ATTENTION_KERNEL = 7
 def _unbiased_convolution(
     spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
 ) -> Convolution:
-    return CONVOLUTION[spatial_dims](
+    convolution = POINTWISE if kernel_size == groups == 1 else CONVOLUTION
+    return convolution[spatial_dims](
         in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False
     )
 
@@ -130,8 +134,8 @@ class MultiKernelBlock(nn.Module):
         mixed = self.branches[0](hidden)
         for branch in self.branches[1:]:
             mixed = mixed + branch(hidden)
-        convolve = F.conv2d if x.ndim == 4 else F.conv3d
-        out: Tensor = self.project_norm(convolve(mixed, self.unshuffled_projection())) + self.shortcut(x)
+        out: Tensor = self.project_norm(pointwise_convolution(mixed, self.unshuffled_projection()))
+        out += self.shortcut(x)
         return out
 
     def prepared(self) -> PreparedMultiKernelBlock:
@@ -206,12 +210,12 @@ class AttentionGate(nn.Module):
         super().__init__()
         inner = channels // 2
         groups = 1 if kernel_size == 1 else inner  # as published: a gate of 1x1 kernels is dense
-        convolution = CONVOLUTION[spatial_dims]
+        convolution = (POINTWISE if groups == 1 else CONVOLUTION)[spatial_dims]
         self.query = convolution(channels, inner, kernel_size, padding=kernel_size // 2, groups=groups)
         self.query_norm = BatchNorm(inner)
         self.key = convolution(channels, inner, kernel_size, padding=kernel_size // 2, groups=groups)
         self.key_norm = BatchNorm(inner)
-        self.weigh = convolution(inner, 1, 1)  # the paper's psi; checkpoints have this name
+        self.weigh = POINTWISE[spatial_dims](inner, 1, 1)  # the paper's psi; checkpoints have this name
         self.weigh_norm = BatchNorm(1)
 
     def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
@@ -275,9 +279,18 @@ class DecoderStage(nn.Module):
 
     def forward(self, x: Tensor, spatial_attention: SpatialAttention, skip: Tensor | None) -> Tensor:
         """``x`` (B, C, *spatial) -> (B, C', *spatial * stride)."""
+        x = recomputed(self._mixed, x, spatial_attention)
+        return recomputed(self._upsampled, x, skip)
+
+    def _mixed(self, x: Tensor, spatial_attention: SpatialAttention) -> Tensor:
         x = self.attention(x) * x
         x = spatial_attention(x) * x
-        x = F.relu(upsample_linear(self.block(x), self.stride), inplace=True)
+        mixed: Tensor = self.block(x)
+        return mixed
+
+    def _upsampled(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        upsampled = upsample_linear(x, self.stride)
+        x = F.relu(upsampled, inplace=upsampled is not x)
         return x if self.gate is None or skip is None else x + self.gate(x, skip)
 
 
@@ -307,7 +320,7 @@ class Decoder(nn.Module):
             block = MultiKernelBlock(c_in, c_out, kernel_sizes, expansion, spatial_dims)
             gate = AttentionGate(c_out, gag_kernel, spatial_dims) if level else None  # full resolution has no skip
             self.stages.append(DecoderStage(attention, block, gate, strides[level]))
-        self.seg_layers = nn.ModuleList([CONVOLUTION[spatial_dims](channels[0], num_classes, 1)])
+        self.seg_layers = nn.ModuleList([POINTWISE[spatial_dims](channels[0], num_classes, 1)])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """``x`` from the bottleneck and the skip connections from fine to coarse -> logits (B, classes, *spatial)."""
@@ -315,6 +328,10 @@ class Decoder(nn.Module):
             x = stage(x, self.spatial_attention, skip)
         logits: Tensor = self.seg_layers[0](x)
         return logits
+
+
+def _pooled(stage: nn.Module, x: Tensor, stride: Sequence[int]) -> Tensor:
+    return max_pool(stage(x), stride)
 
 
 @register_network("ultralight_unet", spatial_dims=(2, 3))
@@ -394,7 +411,7 @@ class UltraLightUNet(nn.Module):
         x = channels_last_on_cpu(pad_to_multiple(x, self.total_stride))
         skips = []
         for stage, stride in zip(self.encoder, self.strides, strict=True):
-            x = max_pool(stage(x), stride)
+            x = recomputed(_pooled, stage, x, stride)
             skips.append(x)
         return crop_to(self.decoder(x, skips[:-1]), spatial)
 
