@@ -193,9 +193,9 @@ class DecoderStage(nn.Module):
 
     def _forward(self, x: Tensor, skip: Tensor) -> Tensor:
         if self.training:
-            deep, shallow = self.reduce.weight.split(x.shape[1], dim=1)
-            reduced = pointwise_convolution(skip, shallow, self.reduce.bias)
-            reduced += upsample_nearest(pointwise_convolution(x, deep), self.stride)
+            weight, deep = self.reduce.weight, x.shape[1]  # as in PreparedDecoderStage
+            reduced = pointwise_convolution(skip, weight[:, deep:], self.reduce.bias)
+            reduced += upsample_nearest(pointwise_convolution(x, weight[:, :deep]), self.stride)
         else:
             reduced = self.reduce(torch.cat([upsample_nearest(x, self.stride), skip], dim=1))
         return F.gelu(self.pointwise(self.axial(self.norm(reduced))))

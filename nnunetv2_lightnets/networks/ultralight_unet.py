@@ -15,7 +15,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,16 @@ class DepthwiseBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> the same shape."""
+        return self.activated(self.convolved(x))
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """The first step."""
         weight = self.convolution.weight
-        y = x * weight.transpose(0, 1) if weight[0].numel() == 1 else depthwise_convolution(x, self.convolution)
-        return F.relu6(self.norm(y), inplace=True)
+        return x * weight.transpose(0, 1) if weight[0].numel() == 1 else depthwise_convolution(x, self.convolution)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """The others."""
+        return F.relu6(self.norm(x), inplace=True)
 
     def prepared(self) -> nn.Module:
         """The same for prediction."""
@@ -122,6 +129,10 @@ class MultiKernelBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = _unbiased_convolution(spatial_dims, in_channels, out_channels)
 
+    @property
+    def _branches(self) -> list[DepthwiseBranch]:
+        return [cast(DepthwiseBranch, branch) for branch in self.branches]
+
     def unshuffled_projection(self) -> Tensor:
         """The projection's weight (C', C, *ones) for channels that were not shuffled."""
         weight = self.project.weight
@@ -130,13 +141,18 @@ class MultiKernelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> (B, C', *spatial)."""
-        hidden = F.relu6(self.expand_norm(self.expand(x)), inplace=True)
-        mixed = self.branches[0](hidden)
-        for branch in self.branches[1:]:
-            mixed = mixed + branch(hidden)
-        out: Tensor = self.project_norm(pointwise_convolution(mixed, self.unshuffled_projection()))
+        # What is kept for the backward pass: the outputs of all convolutions. Norms and activations are recomputed.
+        out: Tensor = self.project_norm(recomputed(self._mixed, *recomputed(self._convolved, self.expand(x))))
         out += self.shortcut(x)
         return out
+
+    def _convolved(self, x: Tensor) -> list[Tensor]:
+        hidden = F.relu6(self.expand_norm(x), inplace=True)
+        return [branch.convolved(hidden) for branch in self._branches]
+
+    def _mixed(self, *convolved: Tensor) -> Tensor:
+        first, *others = (branch.activated(x) for branch, x in zip(self._branches, convolved, strict=True))
+        return pointwise_convolution(sum(others, first), self.unshuffled_projection())
 
     def prepared(self) -> PreparedMultiKernelBlock:
         """The same for prediction."""
@@ -279,18 +295,11 @@ class DecoderStage(nn.Module):
 
     def forward(self, x: Tensor, spatial_attention: SpatialAttention, skip: Tensor | None) -> Tensor:
         """``x`` (B, C, *spatial) -> (B, C', *spatial * stride)."""
-        x = recomputed(self._mixed, x, spatial_attention)
-        return recomputed(self._upsampled, x, skip)
-
-    def _mixed(self, x: Tensor, spatial_attention: SpatialAttention) -> Tensor:
         x = self.attention(x) * x
         x = spatial_attention(x) * x
-        mixed: Tensor = self.block(x)
-        return mixed
-
-    def _upsampled(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        upsampled = upsample_linear(x, self.stride)
-        x = F.relu(upsampled, inplace=upsampled is not x)
+        mixed = self.block(x)
+        upsampled = upsample_linear(mixed, self.stride)
+        x = F.relu(upsampled, inplace=True)
         return x if self.gate is None or skip is None else x + self.gate(x, skip)
 
 
@@ -328,10 +337,6 @@ class Decoder(nn.Module):
             x = stage(x, self.spatial_attention, skip)
         logits: Tensor = self.seg_layers[0](x)
         return logits
-
-
-def _pooled(stage: nn.Module, x: Tensor, stride: Sequence[int]) -> Tensor:
-    return max_pool(stage(x), stride)
 
 
 @register_network("ultralight_unet", spatial_dims=(2, 3))
@@ -411,7 +416,7 @@ class UltraLightUNet(nn.Module):
         x = channels_last_on_cpu(pad_to_multiple(x, self.total_stride))
         skips = []
         for stage, stride in zip(self.encoder, self.strides, strict=True):
-            x = recomputed(_pooled, stage, x, stride)
+            x = max_pool(stage(x), stride)
             skips.append(x)
         return crop_to(self.decoder(x, skips[:-1]), spatial)
 
