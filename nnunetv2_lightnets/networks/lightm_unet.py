@@ -324,10 +324,17 @@ class DecoderStage(nn.Module):
 
     def forward(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:
         """Tokens (B, L, C) of the grid ``spatial`` from the coarser grid's (B, L', 2C) and the skip (B, L, C)."""
+        tokens = recomputed(self._joined, coarse, coarse_spatial, skip, spatial)
+        for block in self.blocks[1:]:
+            tokens = block(tokens, spatial)
+        return tokens
+
+    def _joined(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:
+        """Both joined, and the first block, which with them keeps no more than it would alone."""
         grid = to_grid(self.reduce(coarse), coarse_spatial)
         grid = F.interpolate(grid, size=list(spatial), mode=self.mode, align_corners=False)
         tokens = to_tokens(grid).add_(skip)
-        for block in self.blocks:
+        for block in self.blocks[:1]:
             tokens = block(tokens, spatial)
         return tokens
 
