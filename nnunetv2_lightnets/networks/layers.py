@@ -24,6 +24,10 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the n
 LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
+# Torch normalises channels that are last in vectors of channels; with few the other format and two copies are faster.
+FEW_CHANNELS = 4
+
+
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm of images and volumes that also trains where a channel holds a single value.
 
@@ -38,6 +42,11 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise ``x`` (B, C, *spatial) per channel."""
         if self.training and x.numel() == x.shape[1]:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if torch.is_grad_enabled() and 1 < x.shape[1] <= FEW_CHANNELS and _is_channels_last_on_cpu(x):
+            return channels_last_on_cpu(self._normalised(x.contiguous()))
+        return self._normalised(x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         moments = moments_of_block()
         if self.training and moments is not None:
             return moments.batch_norm(x, self)
@@ -54,6 +63,10 @@ def channels_last_on_cpu(x: Tensor) -> Tensor:
         return x
     # A clone, since contiguous() takes a single channel for being last already and the first layer then does not.
     return x.clone(memory_format=_CHANNELS_LAST[x.ndim])
+
+
+def _is_channels_last_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not x.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

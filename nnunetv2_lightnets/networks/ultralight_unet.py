@@ -216,7 +216,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> weights (B, 1, *spatial)."""
         both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
-        return torch.sigmoid(self.convolution(both))
+        return torch.sigmoid(self.convolution(channels_last_on_cpu(both)))
 
 
 class AttentionGate(nn.Module):
