@@ -20,9 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
+from nnunetv2_lightnets.networks.layers import (
+    CONVOLUTION,
+    LINEAR_INTERPOLATION,
+    checked_strides,
+    depthwise_convolution,
+    max_pool,
+)
 from nnunetv2_lightnets.networks.mamba import Mamba, at_least_float32, full_precision, is_autocast
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.ops import mamba_layer
 from nnunetv2_lightnets.ops.token_moments import (
@@ -207,7 +214,10 @@ class ResidualConvBlock(nn.Module):
 
     def forward(self, tokens: Tensor, spatial: Sequence[int]) -> Tensor:
         """Map tokens (B, L, C) of a grid of size ``spatial`` to (B, L, C)."""
-        x = to_tokens(self.depthwise(to_grid(self.norm1(tokens), spatial)))
+        return recomputed(self._forward, tokens, spatial)
+
+    def _forward(self, tokens: Tensor, spatial: Sequence[int]) -> Tensor:
+        x = to_tokens(depthwise_convolution(to_grid(self.norm1(tokens), spatial), self.depthwise))
         out: Tensor = self.norm2(self.pointwise(x).addcmul_(tokens, self.skip_scale), overwrite=True)
         return out
 
@@ -264,10 +274,17 @@ class DecoderStage(nn.Module):
 
     def forward(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:
         """Tokens (B, L, C) of the grid ``spatial`` from the coarser grid's (B, L', 2C) and the skip (B, L, C)."""
+        tokens = recomputed(self._joined, coarse, coarse_spatial, skip, spatial)
+        for block in self.blocks[1:]:
+            tokens = block(tokens, spatial)
+        return tokens
+
+    def _joined(self, coarse: Tensor, coarse_spatial: Sequence[int], skip: Tensor, spatial: Sequence[int]) -> Tensor:
+        """Both joined, and the first block, which with them keeps no more than it would alone."""
         grid = to_grid(self.reduce(coarse), coarse_spatial)
         grid = F.interpolate(grid, size=list(spatial), mode=self.mode, align_corners=False)
         tokens = to_tokens(grid).add_(skip)
-        for block in self.blocks:
+        for block in self.blocks[:1]:
             tokens = block(tokens, spatial)
         return tokens
 
@@ -295,12 +312,15 @@ class Decoder(nn.Module):
         tokens, spatial = features[-1]
         for stage, (skip, skip_spatial) in zip(self.stages, reversed(features[:-1]), strict=True):
             tokens, spatial = stage(tokens, spatial, skip, skip_spatial), skip_spatial
+        logits = recomputed(self._head, tokens)
+        return logits.reshape(*logits.shape[:2], *spatial)
+
+    def _head(self, tokens: Tensor) -> Tensor:
         head = cast(nn.Linear, self.seg_layers[0])
         # Scale and offset go into the head's few numbers instead of over all voxels.
         weight, bias = head.weight * self.scale, torch.addmv(head.bias, head.weight, self.offset)
         normalised = self.norm(tokens, overwrite=True).transpose(1, 2)  # (B, width, L)
-        logits = torch.matmul(weight, normalised) + bias.unsqueeze(-1)  # (B, classes, L)
-        return logits.reshape(*logits.shape[:2], *spatial)
+        return torch.matmul(weight, normalised) + bias.unsqueeze(-1)  # (B, classes, L)
 
 
 @register_network("lightm_unet", spatial_dims=(2, 3))

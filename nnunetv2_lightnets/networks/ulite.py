@@ -23,15 +23,18 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
+    POINTWISE,
     AxialDepthwiseConv,
     BatchNorm,
     Convolution,
     channels_last_on_cpu,
     checked_strides,
     max_pool,
+    pointwise_convolution,
     upsample_nearest,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 
 DILATIONS = (1, 2, 3)  # of the bottleneck's axial convolutions, whose kernel is 3 (paper, section II-C)
@@ -55,9 +58,10 @@ class AxialDepthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> the same shape."""
-        out = x
-        for convolution in self.axes:
-            out = out + convolution(x)
+        first, *others = self.axes
+        out: Tensor = x + first(x)
+        for convolution in others:
+            out += convolution(x)
         return out
 
     def prepared(self, norm: nn.Module | None = None) -> nn.Module:
@@ -125,10 +129,13 @@ class EncoderStage(nn.Module):
         self.stride = tuple(stride)
         self.axial: nn.Module = AxialDepthwise(channels, kernel_size, spatial_dims)
         self.norm: nn.Module = BatchNorm(channels)
-        self.pointwise = CONVOLUTION[spatial_dims](channels, out_channels, 1)
+        self.pointwise = POINTWISE[spatial_dims](channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, *spatial) -> (B, C', *spatial / stride), and the skip connection (B, C, *spatial)."""
+        return recomputed(self._forward, x)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skip = self.norm(self.axial(x))
         return F.gelu(max_pool(self.pointwise(skip), self.stride)), skip
 
@@ -144,10 +151,10 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, spatial_dims: int) -> None:
         super().__init__()
         quarter = channels // (1 + len(DILATIONS))
-        self.reduce = CONVOLUTION[spatial_dims](channels, quarter, 1)
+        self.reduce = POINTWISE[spatial_dims](channels, quarter, 1)
         self.branches = nn.ModuleList(AxialDepthwise(quarter, 3, spatial_dims, dilation) for dilation in DILATIONS)
         self.norm: nn.Module = BatchNorm(channels)
-        self.expand = CONVOLUTION[spatial_dims](channels, channels, 1)
+        self.expand = POINTWISE[spatial_dims](channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> the same shape."""
@@ -175,15 +182,23 @@ class DecoderStage(nn.Module):
     ) -> None:
         super().__init__()
         self.stride = tuple(stride)
-        self.reduce = CONVOLUTION[spatial_dims](channels + out_channels, out_channels, 1)
+        self.reduce = POINTWISE[spatial_dims](channels + out_channels, out_channels, 1)
         self.norm = BatchNorm(out_channels)
         self.axial = AxialDepthwise(out_channels, kernel_size, spatial_dims)
-        self.pointwise = CONVOLUTION[spatial_dims](out_channels, out_channels, 1)
+        self.pointwise = POINTWISE[spatial_dims](out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """``x`` (B, C, *spatial), ``skip`` (B, C', *spatial * stride) -> the skip connection's shape."""
-        x = torch.cat([upsample_nearest(x, self.stride), skip], dim=1)
-        return F.gelu(self.pointwise(self.axial(self.norm(self.reduce(x)))))
+        return recomputed(self._forward, x, skip)
+
+    def _forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if self.training:
+            weight, deep = self.reduce.weight, x.shape[1]  # as in PreparedDecoderStage
+            reduced = pointwise_convolution(skip, weight[:, deep:], self.reduce.bias)
+            reduced += upsample_nearest(pointwise_convolution(x, weight[:, :deep]), self.stride)
+        else:
+            reduced = self.reduce(torch.cat([upsample_nearest(x, self.stride), skip], dim=1))
+        return F.gelu(self.pointwise(self.axial(self.norm(reduced))))
 
     def prepared(self) -> PreparedDecoderStage:
         """The same for prediction."""
@@ -236,7 +251,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(
             DecoderStage(deep, shallow, kernel_size, spatial_dims, stride) for deep, shallow, stride in steps
         )
-        self.seg_layers = nn.ModuleList([CONVOLUTION[spatial_dims](channels[0], num_classes, 1)])
+        self.seg_layers = nn.ModuleList([POINTWISE[spatial_dims](channels[0], num_classes, 1)])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """``x`` from the bottleneck and the skip connections from fine to coarse -> logits (B, classes, *spatial)."""

@@ -15,7 +15,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +25,18 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
+    POINTWISE,
     BatchNorm,
     Convolution,
     channels_last_on_cpu,
     checked_strides,
     depthwise_convolution,
     max_pool,
+    pointwise_convolution,
     upsample_linear,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 
 VARIANTS: dict[str, tuple[int, ...]] = {
@@ -50,7 +53,8 @@ SPATIAL_ATTENTION_KERNEL = 7
 def _unbiased_convolution(
     spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
 ) -> Convolution:
-    return CONVOLUTION[spatial_dims](
+    convolution = POINTWISE if kernel_size == groups == 1 else CONVOLUTION
+    return convolution[spatial_dims](
         in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False
     )
 
@@ -68,9 +72,16 @@ class DepthwiseBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> the same shape."""
+        return self.activated(self.convolved(x))
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """The first step."""
         weight = self.convolution.weight
-        y = x * weight.transpose(0, 1) if weight[0].numel() == 1 else depthwise_convolution(x, self.convolution)
-        return F.relu6(self.norm(y), inplace=True)
+        return x * weight.transpose(0, 1) if weight[0].numel() == 1 else depthwise_convolution(x, self.convolution)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """The others."""
+        return F.relu6(self.norm(x), inplace=True)
 
     def prepared(self) -> nn.Module:
         """The same for prediction."""
@@ -118,6 +129,10 @@ class MultiKernelBlock(nn.Module):
         if in_channels != out_channels:
             self.shortcut = _unbiased_convolution(spatial_dims, in_channels, out_channels)
 
+    @property
+    def _branches(self) -> list[DepthwiseBranch]:
+        return [cast(DepthwiseBranch, branch) for branch in self.branches]
+
     def unshuffled_projection(self) -> Tensor:
         """The projection's weight (C', C, *ones) for channels that were not shuffled."""
         weight = self.project.weight
@@ -126,13 +141,18 @@ class MultiKernelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> (B, C', *spatial)."""
-        hidden = F.relu6(self.expand_norm(self.expand(x)), inplace=True)
-        mixed = self.branches[0](hidden)
-        for branch in self.branches[1:]:
-            mixed = mixed + branch(hidden)
-        convolve = F.conv2d if x.ndim == 4 else F.conv3d
-        out: Tensor = self.project_norm(convolve(mixed, self.unshuffled_projection())) + self.shortcut(x)
+        # What is kept for the backward pass: the outputs of all convolutions. Norms and activations are recomputed.
+        out: Tensor = self.project_norm(recomputed(self._mixed, *recomputed(self._convolved, self.expand(x))))
+        out += self.shortcut(x)
         return out
+
+    def _convolved(self, x: Tensor) -> list[Tensor]:
+        hidden = F.relu6(self.expand_norm(x), inplace=True)
+        return [branch.convolved(hidden) for branch in self._branches]
+
+    def _mixed(self, *convolved: Tensor) -> Tensor:
+        first, *others = (branch.activated(x) for branch, x in zip(self._branches, convolved, strict=True))
+        return pointwise_convolution(sum(others, first), self.unshuffled_projection())
 
     def prepared(self) -> PreparedMultiKernelBlock:
         """The same for prediction."""
@@ -196,7 +216,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, *spatial) -> weights (B, 1, *spatial)."""
         both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
-        return torch.sigmoid(self.convolution(both))
+        return torch.sigmoid(self.convolution(channels_last_on_cpu(both)))
 
 
 class AttentionGate(nn.Module):
@@ -206,12 +226,12 @@ class AttentionGate(nn.Module):
         super().__init__()
         inner = channels // 2
         groups = 1 if kernel_size == 1 else inner  # as published: a gate of 1x1 kernels is dense
-        convolution = CONVOLUTION[spatial_dims]
+        convolution = (POINTWISE if groups == 1 else CONVOLUTION)[spatial_dims]
         self.query = convolution(channels, inner, kernel_size, padding=kernel_size // 2, groups=groups)
         self.query_norm = BatchNorm(inner)
         self.key = convolution(channels, inner, kernel_size, padding=kernel_size // 2, groups=groups)
         self.key_norm = BatchNorm(inner)
-        self.weigh = convolution(inner, 1, 1)  # the paper's psi; checkpoints have this name
+        self.weigh = POINTWISE[spatial_dims](inner, 1, 1)  # the paper's psi; checkpoints have this name
         self.weigh_norm = BatchNorm(1)
 
     def forward(self, decoded: Tensor, skip: Tensor) -> Tensor:
@@ -277,7 +297,9 @@ class DecoderStage(nn.Module):
         """``x`` (B, C, *spatial) -> (B, C', *spatial * stride)."""
         x = self.attention(x) * x
         x = spatial_attention(x) * x
-        x = F.relu(upsample_linear(self.block(x), self.stride), inplace=True)
+        mixed = self.block(x)
+        upsampled = upsample_linear(mixed, self.stride)
+        x = F.relu(upsampled, inplace=True)
         return x if self.gate is None or skip is None else x + self.gate(x, skip)
 
 
@@ -307,7 +329,7 @@ class Decoder(nn.Module):
             block = MultiKernelBlock(c_in, c_out, kernel_sizes, expansion, spatial_dims)
             gate = AttentionGate(c_out, gag_kernel, spatial_dims) if level else None  # full resolution has no skip
             self.stages.append(DecoderStage(attention, block, gate, strides[level]))
-        self.seg_layers = nn.ModuleList([CONVOLUTION[spatial_dims](channels[0], num_classes, 1)])
+        self.seg_layers = nn.ModuleList([POINTWISE[spatial_dims](channels[0], num_classes, 1)])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """``x`` from the bottleneck and the skip connections from fine to coarse -> logits (B, classes, *spatial)."""

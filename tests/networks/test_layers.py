@@ -11,6 +11,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import (
     AxialDepthwiseConv,
     BatchNorm,
+    PointwiseConv3d,
     channels_last_on_cpu,
     checked_strides,
     depthwise_convolution,
@@ -133,6 +134,42 @@ def test_pooling_and_upsampling_per_axis():
     line = upsample_linear(pooled, (1, 1, 2))[0, 0, 0, 0]
     torch.testing.assert_close(line, torch.tensor([9.0, 9.5, 10.5, 11.0]))
     assert upsample_linear(x, (1, 1, 1)) is x and upsample_nearest(x, (1, 1, 1)) is x
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((2, 3, 6, 8), (2, 2)), ((1, 2, 7, 9), (2, 3)), ((2, 3, 4, 6, 8), (2, 2, 2)), ((1, 2, 5, 7, 9), (1, 2, 4))],
+)
+def test_max_pooling_has_torchs_values_and_gradients_and_keeps_a_byte(shape, stride, memory_format):
+    if memory_format == "channels_last":
+        memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = torch.randint(0, 4, shape).double().contiguous(memory_format=memory_format)  # many are equal
+    x[0, 0].flatten()[:3] = torch.nan
+    x.requires_grad_()
+    pool = F.max_pool2d if len(shape) == 4 else F.max_pool3d
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = max_pool(x, stride)
+    expected = pool(x, stride)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert sum(t.untyped_storage().nbytes() for t in kept) == found.numel()
+    grad = torch.randn_like(found)
+    (ours,), (torchs,) = torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(ours, torchs, rtol=0, atol=0)
+    assert ours.stride() == x.stride()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pointwise_convolution_has_torchs_values_and_gradients(bias, memory_format):
+    ours, torchs = PointwiseConv3d(4, 6, 1, bias=bias).double(), nn.Conv3d(4, 6, 1, bias=bias).double()
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64).contiguous(memory_format=memory_format)
+    found = _loss_and_gradients(ours, x, list(ours.parameters()))
+    expected = _loss_and_gradients(torchs, x, list(torchs.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("strides", [((2, 2),), ((2, 2), (2, 2, 2)), ((2, 2), (0, 2)), ()])

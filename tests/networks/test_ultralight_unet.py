@@ -141,7 +141,7 @@ def multiply_accumulates(variant: str, shape: tuple[int, ...]) -> int:
     products = []
     for module in network.modules():
         if isinstance(module, DepthwiseBranch) and module.convolution.weight[0].numel() == 1:
-            module.register_forward_hook(lambda _, __, out: products.append(out.numel()))
+            module.norm.register_forward_hook(lambda _, __, out: products.append(out.numel()))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.eval()(x)
     assert len(products) == 10
