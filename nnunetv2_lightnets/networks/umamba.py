@@ -21,36 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.instance_norm import InstanceNorm
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, Convolution, upsample_nearest
 from nnunetv2_lightnets.networks.mamba import Mamba
 from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_bound, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 
 _SLOPE = 0.01  # of the leaky ReLUs
 _BLOCKS = 2  # of a stage of the finer half; the coarser half has one
 
 
-class InstanceNorm(nn.Module):
-    """Instance norm with scale and offset that also takes a single voxel, which becomes the offset."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (B, C, *spatial) per sample and channel."""
-        # The function behind torch's layer; the layer refuses a single voxel.
-        return torch.instance_norm(
-            x, self.weight, self.bias, None, None, True, 0.0, self.eps, torch.backends.cudnn.enabled
-        )
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions with instance norms around a shortcut: the input itself, or with a ``stride`` a 1x1 convolution.
 
-    Kernels are odd along each axis.
+    Kernels are odd along each axis. For the backward pass its input and the results of both convolutions are kept.
     """
 
     def __init__(
@@ -65,9 +50,19 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
-        out = F.leaky_relu(self.norm1(self.conv1(x)), _SLOPE, inplace=True)
-        out = self.norm2(self.conv2(out)) + (x if self.shortcut is None else self.shortcut(x))
-        return F.leaky_relu(out, _SLOPE, inplace=True)
+        return recomputed(self._end, recomputed(self._middle, self.conv1(x)), x)
+
+    def _middle(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(_activated(self.norm1(x)))
+        return out
+
+    def _end(self, out: Tensor, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return _activated(self.norm2(out) + shortcut)
+
+
+def _activated(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, _SLOPE, inplace=True)
 
 
 def _convolution(
