@@ -25,6 +25,17 @@ from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.networks.vss import VSSMEncoder, check_pyramid
 
 _SLOPE = 0.01  # of the leaky ReLUs
+_FEW = 4  # channels, of which a convolution is computed again sooner than its result is kept
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution; on a CPU, of channels-last maps, what it is: a linear layer of each pixel, without copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W)."""
+        if x.device.type != "cpu" or x.is_contiguous():
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -37,19 +48,35 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+        self.shortcut = PointwiseConv(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W); H * W must exceed 1 in training."""
-        return recomputed(self._end, recomputed(self._middle, self.conv1(x)), x)
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map ``parts`` (B, C, H, W) of the input, which has in_channels in all, to (B, out_channels, H, W)."""
+        return recomputed(self.end, self.begin(*parts), *parts)
 
-    def _middle(self, x: Tensor) -> Tensor:
+    def begin(self, *parts: Tensor) -> Tensor:
+        """What :meth:`end` takes beside the parts."""
+        if self.conv1.in_channels <= _FEW:
+            return recomputed(lambda *parts: self._second(self._first(*parts)), *parts)
+        return recomputed(self._second, recomputed(self._first, *parts))
+
+    def _first(self, *parts: Tensor) -> Tensor:
+        out: Tensor = self.conv1(_joined(parts))
+        return out
+
+    def _second(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv2(_activated(instance_norm(x)))
         return out
 
-    def _end(self, out: Tensor, x: Tensor) -> Tensor:
+    def end(self, out: Tensor, *parts: Tensor) -> Tensor:
+        """The block's output, from the result of its second convolution and the parts of its input."""
+        x = _joined(parts)
         shortcut = x if self.shortcut is None else instance_norm(self.shortcut(x))
         return _activated(instance_norm(out).add_(shortcut))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _activated(x: Tensor) -> Tensor:
@@ -75,7 +102,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map ``x`` (B, in_channels, H, W) and ``skip`` (B, out_channels, 2H, 2W) to the latter's shape."""
-        out: Tensor = self.block(torch.cat((_in_suitable_layout(self.upsample(x)), skip), dim=1))
+        out: Tensor = self.block(_in_suitable_layout(self.upsample(x)), skip)
         return out
 
 
@@ -96,16 +123,18 @@ class SwinUMambaDecoder(nn.Module):
         inputs = (bottom, *reversed(skips[1:]))
         self.ups = nn.ModuleList(UpBlock(*pair) for pair in zip(inputs, reversed(skips), strict=True))
         self.last = ResidualBlock(skips[0], skips[0])
-        self.seg_layers = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in skips[:heads])
+        self.seg_layers = nn.ModuleList(PointwiseConv(channels, num_classes, 1) for channels in skips[:heads])
 
     def forward(self, bottom: Tensor, skips: Sequence[Tensor]) -> list[Tensor]:
         """Logits (B, num_classes, H / 2**i, W / 2**i) for each head i, or for the first."""
         levels = [bottom]
         for up, skip in zip(self.ups, reversed(skips), strict=True):
             levels.insert(0, up(levels[0], skip))
-        levels[0] = self.last(levels[0])
-        heads = self.seg_layers if self.deep_supervision else self.seg_layers[:1]
-        return [head(level) for head, level in zip(heads, levels, strict=False)]
+        last, first_head = self.last, self.seg_layers[0]
+        logits = [recomputed(lambda out, x: first_head(last.end(out, x)), last.begin(levels[0]), levels[0])]
+        if self.deep_supervision:
+            logits += (head(level) for head, level in zip(self.seg_layers[1:], levels[1:], strict=False))
+        return logits
 
 
 @register_network("swin_umamba", spatial_dims=(2,), deep_supervision=True)
