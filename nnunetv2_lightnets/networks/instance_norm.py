@@ -55,7 +55,9 @@ class _NormOfEachImage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        images = [torch.native_batch_norm(image, weight, bias, None, None, True, 0.0, eps) for image in x.split(1)]
+        images = [
+            torch.native_batch_norm(image, weight, bias, None, None, True, 0.0, eps) for image in torch.split(x, 1)
+        ]
         y, mean, rstd = (_joined(results) for results in zip(*images, strict=True))
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps = eps
@@ -69,7 +71,7 @@ class _NormOfEachImage(torch.autograd.Function):
         images = [
             torch.ops.aten.native_batch_norm_backward(*image, weight, None, None, *statistics, True, ctx.eps, asked)
             for image, statistics in zip(
-                zip(grad.split(1), x.split(1), strict=True),
+                zip(torch.split(grad, 1), torch.split(x, 1), strict=True),
                 zip(mean.view(x.shape[:2]), rstd.view(x.shape[:2]), strict=True),
                 strict=True,
             )

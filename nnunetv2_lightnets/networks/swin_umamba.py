@@ -31,17 +31,22 @@ _FEW = 4  # channels, of which a convolution is computed again sooner than its r
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution; on a CPU, of channels-last maps, what it is: a linear layer of each pixel, without copies."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W)."""
-        if x.device.type != "cpu" or x.is_contiguous():
-            return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map ``parts`` (B, C, H, W) of the input, which has in_channels in all, to (B, out_channels, H, W)."""
+        if parts[0].device.type != "cpu" or any(part.is_contiguous() for part in parts):
+            return super().forward(_joined(parts))
+        weights = torch.split(self.weight.flatten(1), [part.shape[1] for part in parts], 1)
+        out = F.linear(parts[0].permute(0, 2, 3, 1), weights[0], self.bias)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            out += F.linear(part.permute(0, 2, 3, 1), weight)
+        return out.permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norms around a shortcut, which is a 1x1 convolution where channels change.
 
-    For the backward pass its input and the results of both convolutions are kept.
+    For the backward pass its input and the results of both convolutions are kept; of the first one not, where the
+    input has few channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -70,8 +75,7 @@ class ResidualBlock(nn.Module):
 
     def end(self, out: Tensor, *parts: Tensor) -> Tensor:
         """The block's output, from the result of its second convolution and the parts of its input."""
-        x = _joined(parts)
-        shortcut = x if self.shortcut is None else instance_norm(self.shortcut(x))
+        shortcut = _joined(parts) if self.shortcut is None else instance_norm(self.shortcut(*parts))
         return _activated(instance_norm(out).add_(shortcut))
 
 
@@ -84,7 +88,7 @@ def _activated(x: Tensor) -> Tensor:
 
 
 def _in_suitable_layout(x: Tensor) -> Tensor:
-    """``x`` in the layout in which a CPU computes its convolutions fastest, up to twice as fast; GPUs were not measured.
+    """``x`` in the layout in which a CPU computes its convolutions fastest; GPUs were not measured.
 
     It is channels last, but for feature maps that are smaller than the weights, which would have to be brought into it.
     """

@@ -91,7 +91,7 @@ class SwinUMambaDDecoder(nn.Module):
         coarse = [head(level) for head, level in heads]
         # At full resolution there are 16 times as many pixels, whose features are not kept, and never all there.
         finest = nn.Sequential(self.expand_layers[-1], self.seg_layers[-1])
-        rows = [recomputed(finest, part) for part in x.split(math.ceil(x.shape[1] / _PARTS), dim=1)]
+        rows = [recomputed(finest, part) for part in torch.split(x, math.ceil(x.shape[1] / _PARTS), 1)]
         return [torch.cat(rows, dim=2), *reversed(coarse)]
 
 

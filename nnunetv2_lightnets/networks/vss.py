@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.recompute import recomputed, recomputed_but_scans
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.ops import CROSS_SCAN, directional_scan, scan_order
 
 DIRECTIONS = len(CROSS_SCAN)  # along rows, along columns, and both backwards
@@ -136,7 +136,7 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, H, W, C) to the same shape."""
-        out: Tensor = x + self.drop_path(recomputed_but_scans(self._branch, x))
+        out: Tensor = x + self.drop_path(recomputed(self._branch, x))
         return out
 
     def _branch(self, x: Tensor) -> Tensor:
