@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,4 +19,4 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return function(*tensors)
-    return cast(Tensor, checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False))
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)

@@ -26,7 +26,7 @@ SMALL = {
     "umamba_enc": {"features": (8, 16, 32)},
 }
 # Bytes kept for the backward pass, relative to a network that computes nothing again.
-KEPT = {"swin_umamba": 0.45, "swin_umamba_d": 0.06, "umamba_bot": 0.8, "umamba_enc": 0.88}
+KEPT = {"swin_umamba": 0.45, "swin_umamba_d": 0.06, "umamba_bot": 0.75, "umamba_enc": 0.85}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
