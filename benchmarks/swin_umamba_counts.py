@@ -78,9 +78,8 @@ class _NormCounter(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.layer_norm:
             self.total += 5 * args[0].numel()
-        elif func is F.instance_norm:
-            weight = args[3] if len(args) > 3 else kwargs.get("weight")
-            self.total += (4 if weight is None else 5) * args[0].numel()
+        elif func is torch.instance_norm:
+            self.total += (4 if args[1] is None else 5) * args[0].numel()
         return func(*args, **kwargs)
 
 

@@ -18,8 +18,8 @@ def recomputed(block: Callable[..., _Result], *inputs: Any) -> _Result:
     """``block(*inputs)``, of which nothing but the inputs is kept for the backward pass.
 
     There it is computed a second time, up to the last tensor that the backward pass needs: a block that ends in a
-    convolution or a linear layer up to that layer's input, so that the steps which cost most are not repeated. It must draw no random
-    numbers and leave its inputs as they are. Its batch norms are
+    convolution or a linear layer up to that layer's input, so that the steps which cost most are not repeated. It must
+    draw no random numbers and leave its inputs as they are. Its batch norms are
     :class:`~nnunetv2_lightnets.networks.layers.BatchNorm`: they count each batch once, and normalise the second time
     with the moments of the first. Inside another such block it is a part of that.
     """

@@ -12,44 +12,88 @@ first tables describe that one, and ``bottleneck_decoder=False`` builds it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_lightnets.networks.instance_norm import InstanceNorm, instance_norm
 from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_multiple
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.networks.vss import VSSMEncoder, check_pyramid
 
 _SLOPE = 0.01  # of the leaky ReLUs
+_FEW = 4  # channels, of which a convolution is computed again sooner than its result is kept
 
 
-def _instance_norm_channels_last(x: Tensor) -> Tensor:
-    """Instance norm as a group norm of one channel each, which PyTorch computes without leaving channels-last."""
-    return F.group_norm(x, x.shape[1])
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution; on a CPU, of channels-last maps, what it is: a linear layer of each pixel, without copies."""
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map ``parts`` (B, C, H, W) of the input, which has in_channels in all, to (B, out_channels, H, W)."""
+        if parts[0].device.type != "cpu" or any(part.is_contiguous() for part in parts):
+            return super().forward(_joined(parts))
+        weights = torch.split(self.weight.flatten(1), [part.shape[1] for part in parts], 1)
+        out = F.linear(parts[0].permute(0, 2, 3, 1), weights[0], self.bias)
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            out += F.linear(part.permute(0, 2, 3, 1), weight)
+        return out.permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with instance norms around a shortcut, which is a 1x1 convolution where channels change."""
+    """Two 3x3 convolutions with instance norms around a shortcut, which is a 1x1 convolution where channels change.
 
-    norm: Callable[[Tensor], Tensor] = staticmethod(F.instance_norm)
+    For the backward pass its input and the results of both convolutions are kept; of the first one not, where the
+    input has few channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+        self.shortcut = PointwiseConv(in_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (B, in_channels, H, W) to (B, out_channels, H, W); H * W must exceed 1 in training."""
-        # With gradients in place on the sum alone: an instance norm returns a view, whose gradient would be copied.
-        in_place = not torch.is_grad_enabled()
-        out = F.leaky_relu(self.norm(self.conv1(x)), _SLOPE, inplace=in_place)
-        out = self.norm(self.conv2(out))
-        shortcut = x if self.shortcut is None else self.norm(self.shortcut(x))
-        out = out.add_(shortcut) if in_place else out + shortcut
-        return F.leaky_relu(out, _SLOPE, inplace=True)
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map ``parts`` (B, C, H, W) of the input, which has in_channels in all, to (B, out_channels, H, W)."""
+        return recomputed(self.end, self.begin(*parts), *parts)
+
+    def begin(self, *parts: Tensor) -> Tensor:
+        """What :meth:`end` takes beside the parts."""
+        if self.conv1.in_channels <= _FEW:
+            return recomputed(lambda *parts: self._second(self._first(*parts)), *parts)
+        return recomputed(self._second, recomputed(self._first, *parts))
+
+    def _first(self, *parts: Tensor) -> Tensor:
+        out: Tensor = self.conv1(_joined(parts))
+        return out
+
+    def _second(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(_activated(instance_norm(x)))
+        return out
+
+    def end(self, out: Tensor, *parts: Tensor) -> Tensor:
+        """The block's output, from the result of its second convolution and the parts of its input."""
+        shortcut = _joined(parts) if self.shortcut is None else instance_norm(self.shortcut(*parts))
+        return _activated(instance_norm(out).add_(shortcut))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def _activated(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, _SLOPE, inplace=True)
+
+
+def _in_suitable_layout(x: Tensor) -> Tensor:
+    """``x`` in the layout in which a CPU computes its convolutions fastest; GPUs were not measured.
+
+    It is channels last, but for feature maps that are smaller than the weights, which would have to be brought into it.
+    """
+    last = x.device.type == "cpu" and x[0, 0].numel() > x.shape[1]
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class UpBlock(nn.Module):
@@ -62,7 +106,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map ``x`` (B, in_channels, H, W) and ``skip`` (B, out_channels, 2H, 2W) to the latter's shape."""
-        out: Tensor = self.block(torch.cat((self.upsample(x), skip), dim=1))
+        out: Tensor = self.block(_in_suitable_layout(self.upsample(x)), skip)
         return out
 
 
@@ -83,16 +127,18 @@ class SwinUMambaDecoder(nn.Module):
         inputs = (bottom, *reversed(skips[1:]))
         self.ups = nn.ModuleList(UpBlock(*pair) for pair in zip(inputs, reversed(skips), strict=True))
         self.last = ResidualBlock(skips[0], skips[0])
-        self.seg_layers = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in skips[:heads])
+        self.seg_layers = nn.ModuleList(PointwiseConv(channels, num_classes, 1) for channels in skips[:heads])
 
     def forward(self, bottom: Tensor, skips: Sequence[Tensor]) -> list[Tensor]:
         """Logits (B, num_classes, H / 2**i, W / 2**i) for each head i, or for the first."""
         levels = [bottom]
         for up, skip in zip(self.ups, reversed(skips), strict=True):
             levels.insert(0, up(levels[0], skip))
-        levels[0] = self.last(levels[0])
-        heads = self.seg_layers if self.deep_supervision else self.seg_layers[:1]
-        return [head(level) for head, level in zip(heads, levels, strict=False)]
+        last, first_head = self.last, self.seg_layers[0]
+        logits = [recomputed(lambda out, x: first_head(last.end(out, x)), last.begin(levels[0]), levels[0])]
+        if self.deep_supervision:
+            logits += (head(level) for head, level in zip(self.seg_layers[1:], levels[1:], strict=False))
+        return logits
 
 
 @register_network("swin_umamba", spatial_dims=(2,), deep_supervision=True)
@@ -140,7 +186,7 @@ class SwinUMamba(nn.Module):
         self.bottleneck_decoder = bottleneck_decoder
         self.stem = nn.Sequential(
             nn.Conv2d(input_channels, features[0], 7, stride=2, padding=3),
-            nn.InstanceNorm2d(features[0], affine=True),
+            InstanceNorm(features[0]),
         )
         self.vssm_encoder = VSSMEncoder(features[0], 2, features[1:], depths, d_state, drop_path_rate, scan)
         self.skips = nn.ModuleList(
@@ -161,10 +207,11 @@ class SwinUMamba(nn.Module):
         """Logits of ``x`` (B, input_channels, H, W): (B, num_classes, H, W), or a list from fine to coarse."""
         size = x.shape[2:]
         x = pad_to_multiple(x, (self.stride, self.stride))
+        if x.device.type == "cpu":  # there convolutions are up to twice as fast so; every layer hands the layout on
+            x = x.clone(memory_format=torch.channels_last)
         stem = self.stem(x)
         stages = self.vssm_encoder(stem, None if self.bottleneck_decoder else -1)
-        # PyTorch's instance norm works in this layout, and on a CPU the backward pass of convolutions prefers it.
-        features = [x, stem, *(stage.permute(0, 3, 1, 2).contiguous() for stage in stages)]
+        features = [x, stem, *(_in_suitable_layout(stage.permute(0, 3, 1, 2)) for stage in stages)]
         skips = [skip(feature) for skip, feature in zip(self.skips, features, strict=False)]
         bottom = features[-1] if self.bottleneck_decoder else skips.pop()
         scales = [(scale, scale) for scale in self.deep_supervision_scales]
@@ -172,11 +219,7 @@ class SwinUMamba(nn.Module):
         return logits if self.decoder.deep_supervision else logits[0]
 
     def prepare_for_inference_(self) -> None:
-        """Take the instance norm that suits channels-last convolutions, the faster ones without backward on a CPU."""
-        if self.stem[0].weight.device.type == "cpu":
-            for module in self.modules():
-                if isinstance(module, ResidualBlock):
-                    module.norm = _instance_norm_channels_last
+        """There is nothing to merge; that weights lie channels last on a CPU is what the copy for prediction is for."""
 
     def vmamba_keys(self) -> dict[str, str]:
         """From each key of VMamba's ImageNet checkpoint (first version) to the key here that starts from it.

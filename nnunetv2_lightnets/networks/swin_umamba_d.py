@@ -9,18 +9,22 @@ Attributes keep the authors' names: their checkpoints need no translation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_multiple
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.networks.vss import VSSMEncoder, VSSStage, check_pyramid
 
 _PATCH = 4  # side of the encoder's patches, and factor of the last expansion
 _BLOCKS = 2  # of each decoder stage
+_PARTS = 8  # of an image, in which its features at full resolution are computed one after the other
 
 
 class PatchExpand(nn.Module):
@@ -80,12 +84,20 @@ class SwinUMambaDDecoder(nn.Module):
         for expand, merge, stage, skip in zip(
             self.expand_layers, self.concat_back_dim, self.stages, reversed(skips), strict=False
         ):
-            x = stage(merge(torch.cat((expand(x), skip), dim=-1)))
+            x = stage(recomputed(partial(_joined, expand, merge), x, skip))
             levels.append(x)
-        levels.append(self.expand_layers[-1](x))
-        first = 0 if self.deep_supervision else len(levels) - 1
-        heads = zip(self.seg_layers[first:], levels[first:], strict=True)
-        return [head(level) for head, level in heads][::-1]
+        first = 0 if self.deep_supervision else len(levels)
+        heads = zip(self.seg_layers[first:], levels[first:], strict=False)
+        coarse = [head(level) for head, level in heads]
+        # At full resolution there are 16 times as many pixels, whose features are not kept, and never all there.
+        finest = nn.Sequential(self.expand_layers[-1], self.seg_layers[-1])
+        rows = [recomputed(finest, part) for part in torch.split(x, math.ceil(x.shape[1] / _PARTS), 1)]
+        return [torch.cat(rows, dim=2), *reversed(coarse)]
+
+
+def _joined(expand: nn.Module, merge: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    out: Tensor = merge(torch.cat((expand(x), skip), dim=-1))
+    return out
 
 
 @register_network("swin_umamba_d", spatial_dims=(2,), deep_supervision=True)

@@ -14,44 +14,31 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.instance_norm import InstanceNorm
 from nnunetv2_lightnets.networks.layers import CONVOLUTION, Convolution, upsample_nearest
 from nnunetv2_lightnets.networks.mamba import Mamba
 from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_bound, pad_to_multiple, total_stride
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.ops import mamba_layer
 
 _SLOPE = 0.01  # of the leaky ReLUs
+_FEW = 4  # channels, of which a convolution is computed again sooner than its result is kept
 _BLOCKS = 2  # of a stage of the finer half; the coarser half has one
-
-
-class InstanceNorm(nn.Module):
-    """Instance norm with scale and offset that also takes a single voxel, which becomes the offset."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (B, C, *spatial) per sample and channel."""
-        # The function behind torch's layer; the layer refuses a single voxel.
-        return torch.instance_norm(
-            x, self.weight, self.bias, None, None, True, 0.0, self.eps, torch.backends.cudnn.enabled
-        )
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions with instance norms around a shortcut: the input itself, or with a ``stride`` a 1x1 convolution.
 
-    Kernels are odd along each axis.
+    Kernels are odd along each axis. For the backward pass the parts of its input and the results of both convolutions
+    are kept; of the first one not, where the input has few channels.
     """
 
     def __init__(
@@ -64,11 +51,42 @@ class ResidualBlock(nn.Module):
         self.norm2 = InstanceNorm(out_channels)
         self.shortcut = None if stride is None else _convolution(in_channels, out_channels, (1,) * len(kernel), stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
-        out = F.leaky_relu(self.norm1(self.conv1(x)), _SLOPE, inplace=True)
-        out = self.norm2(self.conv2(out)) + (x if self.shortcut is None else self.shortcut(x))
-        return F.leaky_relu(out, _SLOPE, inplace=True)
+    def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
+        """Map ``x`` (B, in_channels, *spatial) to (B, out_channels, *spatial / stride).
+
+        With a ``skip`` connection ``x`` is coarser, or as fine; the input is both, and has in_channels in all.
+        """
+        if not torch.is_grad_enabled():
+            x, skip = _joined(x, *skip), ()
+        if self.conv1.in_channels <= _FEW:
+            out = recomputed(lambda *parts: self._second(self._first(*parts)), x, *skip)
+        else:
+            out = recomputed(self._second, recomputed(self._first, x, *skip))
+        return recomputed(self._end, out, x, *skip)
+
+    def _first(self, *parts: Tensor) -> Tensor:
+        out: Tensor = self.conv1(_joined(*parts))
+        return out
+
+    def _second(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv2(_activated(self.norm1(x)))
+        return out
+
+    def _end(self, out: Tensor, *parts: Tensor) -> Tensor:
+        x = _joined(*parts)
+        return _activated(self.norm2(out) + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _joined(x: Tensor, *skip: Tensor) -> Tensor:
+    """``x``, brought to the size of a skip connection if there is one, and its channels before those of that."""
+    if not skip:
+        return x
+    stride = [fine // coarse for fine, coarse in zip(skip[0].shape[2:], x.shape[2:], strict=True)]
+    return torch.cat((upsample_nearest(x, stride), skip[0]), dim=1)
+
+
+def _activated(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, _SLOPE, inplace=True)
 
 
 def _convolution(
@@ -188,10 +206,14 @@ class Decoder(nn.Module):
         for i, (upsample, stride, stage, head) in enumerate(
             zip(self.upsample_layers, self.strides, self.stages, self.seg_layers, strict=True)
         ):
-            x = upsample_nearest(upsample(x), stride)
+            x = upsample(x)
             if i < last or x.ndim == 5:
-                x = torch.cat((x, skips.pop()), dim=1)
-            x = stage(x)
+                first, *others = cast(nn.Sequential, stage)
+                x = first(x, skips.pop())
+                for block in others:
+                    x = block(x)
+            else:
+                x = stage(upsample_nearest(x, stride))
             if self.deep_supervision or i == last:
                 logits.insert(0, head(x))
         return logits

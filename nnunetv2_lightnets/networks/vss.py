@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.ops import CROSS_SCAN, directional_scan, scan_order
 
 DIRECTIONS = len(CROSS_SCAN)  # along rows, along columns, and both backwards
@@ -135,7 +136,11 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, H, W, C) to the same shape."""
-        out: Tensor = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        out: Tensor = x + self.drop_path(recomputed(self._branch, x))
+        return out
+
+    def _branch(self, x: Tensor) -> Tensor:
+        out: Tensor = self.self_attention(self.ln_1(x))
         return out
 
 
@@ -176,6 +181,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, H, W, C) to (B, H // 2, W // 2, 2 C); an odd last row or column is left out, as published."""
+        return recomputed(self._merged, x)
+
+    def _merged(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
         height, width = height // 2, width // 2
         x = x[:, : 2 * height, : 2 * width].reshape(batch, height, 2, width, 2, channels)
