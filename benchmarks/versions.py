@@ -5,8 +5,9 @@
 
 Each network computes with two threads in a process of its own, once with the package in BEFORE and once with this one:
 one patch prepared for prediction, and one training step (cross-entropy) of two patches. They take turns with nnU-Net's
-PlainConvUNet. Memory is the growth of another process by a training step, with an allocator that gives back what is
-freed. Writes ``benchmarks/results/versions.csv``. Needs some ten minutes on a machine that does nothing else.
+PlainConvUNet; all keep freed memory, as our trainers do. Memory is the growth of another process by a training step,
+with an allocator that gives back what is freed. Writes ``benchmarks/results/versions.csv``. Needs some ten minutes on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -100,10 +101,10 @@ def serve(name: str, dims: int) -> None:
     from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory
 
     torch.set_num_threads(THREADS)
-    reuse_freed_memory()
     todo = runs(name, dims)
     print("ready", flush=True)
     for line in sys.stdin:
+        reuse_freed_memory()  # as our trainers do in every step
         start = time.perf_counter()
         todo[line.strip()]()
         print(time.perf_counter() - start, flush=True)
@@ -164,10 +165,10 @@ def measure(name: str, dims: int, before: Path, repeats: int) -> dict[str, Any]:
         server.stdout.readline()
     for what in (FORWARD, STEP):
         seconds: dict[str, list[float]] = {version: [] for version in servers}
-        for turn in range(repeats + 1):
+        for turn in range(repeats + 2):
             for version, server in servers.items():
                 took = ask(server, what)
-                if turn:
+                if turn > 1:  # memory is kept from the second on
                     seconds[version].append(took)
         for version in ("before", "after"):
             row[f"{version} {what}"] = short(median_ratio(seconds[version], seconds[BASELINE]))
