@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_lightnets.networks.recompute import is_recorded
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a tensor
 
 
@@ -23,7 +25,7 @@ def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None =
     if x.device.type != "cpu":
         # The function behind torch's layer; the layer refuses a single voxel.
         return torch.instance_norm(x, weight, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    if _channels_are_last(x) and not torch.compiler.is_compiling():
+    if _channels_are_last(x) and not torch.compiler.is_compiling() and not is_recorded():
         y: Tensor = _NormOfEachImage.apply(x, weight, bias, eps)
         return y
     return torch.group_norm(x, x.shape[1], weight, bias, eps)

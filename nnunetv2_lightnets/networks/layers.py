@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.recompute import moments_of_block
+from nnunetv2_lightnets.networks.recompute import is_recorded, moments_of_block
 
 Convolution: TypeAlias = nn.Conv2d | nn.Conv3d
 CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -66,7 +66,8 @@ def channels_last_on_cpu(x: Tensor) -> Tensor:
 
 
 def _is_channels_last_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not x.is_contiguous() and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or is_recorded()
+    return x.device.type == "cpu" and not x.is_contiguous() and not traced
 
 
 def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -169,7 +170,9 @@ def max_pool(x: Tensor, stride: Sequence[int]) -> Tensor:
     """Max pooling of ``x`` (B, C, *spatial) with a window of ``stride`` voxels, not overlapping."""
     if all(s == 1 for s in stride):
         return x
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # Inductor keeps one byte by itself
+    too_many = math.prod(stride) > 256  # voxels in a window, for one byte
+    traced = torch.compiler.is_compiling() or is_recorded()  # Inductor keeps one byte by itself
+    if not torch.is_grad_enabled() or too_many or traced:
         pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
         return pool(x, tuple(stride), tuple(stride))
     return cast(Tensor, _MaxPool.apply(x, tuple(stride)))
@@ -190,7 +193,7 @@ class _MaxPool(torch.autograd.Function):
         for voxel in others:
             place += index >= (voxel - first).flatten()[0]
         ctx.save_for_backward(place)
-        ctx.stride, ctx.shape, ctx.strides = stride, x.shape, x.stride()
+        ctx.stride, ctx.shape, ctx.strides = stride, x.shape, torch.empty_like(x, device="meta").stride()
         return cast(Tensor, largest)
 
     @staticmethod

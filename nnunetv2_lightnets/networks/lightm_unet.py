@@ -160,7 +160,7 @@ class MambaLayer(nn.Module):
     def forward(self, tokens: Tensor, activation: TokenGroupNorm | None = None) -> Tensor:
         """Map tokens (B, L, C_in) to (B, L, C_out); an ``activation`` is applied to them first."""
         if not self.mamba.has_scan:
-            return self.plain(tokens, activation)
+            return recomputed(self.plain, tokens, activation)
         around: dict[str, Any] = {
             "norm_weight": self.norm.weight,
             "norm_bias": self.norm.bias,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from nnunetv2_lightnets.ops.selective_scan.dispatch import forced_backend, use_backend
 
 _Result = TypeVar("_Result")
 
@@ -21,15 +24,30 @@ def recomputed(block: Callable[..., _Result], *inputs: Any) -> _Result:
     convolution or a linear layer up to that layer's input, so that the steps which cost most are not repeated. It must
     draw no random numbers and leave its inputs as they are. Its batch norms are
     :class:`~nnunetv2_lightnets.networks.layers.BatchNorm`: they count each batch once, and normalise the second time
-    with the moments of the first. Inside another such block it is a part of that.
+    with the moments of the first. (A block with batch norms of several processes, as in distributed training, keeps
+    all.) Inside another such block it is a part of that. Scans are computed again by the same backend.
     """
-    if not torch.is_grad_enabled() or moments_of_block() is not None or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or moments_of_block() is not None or is_recorded() or _is_synchronized(block):
         return block(*inputs)
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if not torch.compiler.is_compiling():  # a compiler repeats no step that changes running statistics
-        moments = Moments()
-        settings["context_fn"] = lambda: (_Computing(moments, again=False), _Computing(moments, again=True))
+        moments, backend = Moments(), forced_backend()
+        settings["context_fn"] = lambda: (_Computing(moments), _Computing(moments, again=True, backend=backend))
     return checkpoint(block, *inputs, **settings)
+
+
+def is_recorded() -> bool:
+    """Whether an exporter records the steps, which knows only torch's own; torch 2.6 does not tell of the newer one."""
+    exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+    return torch._C._get_tracing_state() is not None or exporting()
+
+
+def _is_synchronized(block: Callable[..., Any]) -> bool:
+    """Whether batch norms of a module, whose method a block is, take their moments from several processes."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    owner = getattr(block, "__self__", block)
+    return isinstance(owner, nn.Module) and any(isinstance(m, nn.SyncBatchNorm) for m in owner.modules())
 
 
 class Moments:
@@ -46,9 +64,11 @@ class Moments:
     def batch_norm(self, x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
         """``norm``, which is in training, of ``x`` (B, C, *spatial)."""
         known = None if self._read is None else next(self._read)
-        running = norm.running_mean, norm.running_var, norm.momentum
+        momentum = norm.momentum
         if known is None and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
+            momentum = 1 / float(norm.num_batches_tracked) if momentum is None else momentum
+        running = norm.running_mean, norm.running_var, momentum or 0.0
         y, *moments = _BatchNorm.apply(x, norm.weight, norm.bias, norm.eps, running, known)
         if known is None:
             self._noted.append((moments[0], moments[1]))
@@ -66,14 +86,17 @@ def moments_of_block() -> Moments | None:
 class _Computing:
     """Context in which a block is computed; it may be entered again."""
 
-    def __init__(self, moments: Moments, again: bool) -> None:
-        self._moments, self._again = moments, again
+    def __init__(self, moments: Moments, again: bool = False, backend: str = "") -> None:
+        self._moments, self._again, self._backend = moments, again, backend
 
     def __enter__(self) -> None:
         self._moments.start(self._again)
         self._token = _moments.set(self._moments)
+        self._forced: AbstractContextManager[object] = use_backend(self._backend) if self._backend else nullcontext()
+        self._forced.__enter__()
 
     def __exit__(self, *_: object) -> None:
+        self._forced.__exit__(None, None, None)
         _moments.reset(self._token)
 
 

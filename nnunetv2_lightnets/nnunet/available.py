@@ -13,10 +13,16 @@ from pathlib import Path
 import torch
 
 _ROOT = Path("/")
-# Version of control groups -> their folder, and files of limit, usage, and pages of files that can be dropped.
+# Version of control groups -> their folder, files of limit and usage, and what pages of files are called: these can be
+# dropped, those that are read often, too.
 _FILES = {
-    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    1: (
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 }
 
 
@@ -63,12 +69,12 @@ def _left_by_groups(root: Path) -> Iterator[int]:
                     break
 
 
-def _left_by_group(folder: Path, limit: str, usage: str, droppable: str) -> Iterator[int]:
+def _left_by_group(folder: Path, limit: str, usage: str, droppable: tuple[str, ...]) -> Iterator[int]:
     try:
         most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
         if most == "max":
             return
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        yield max(0, int(most) - used + int(stat.get(droppable, 0)))
+        yield max(0, int(most) - used + sum(int(stat.get(pages, 0)) for pages in droppable))
     except (OSError, ValueError):  # there is no such group here, or it has no limit
         return

@@ -29,6 +29,7 @@ LARGEST = 1 << 30  # bytes of a block that is kept; larger ones (whole images) g
 LEAST_LEFT = 1 << 30  # bytes that can still be had; with less, nothing is kept
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt, in malloc.h
 _NEVER = -1
+_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")  # settings that stay if there are any
 # Where glibc's own thresholds arrive by themselves once large blocks are freed.
 _DEFAULTS = ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20))
 _SECONDS = 1.0  # between two looks at what is left
@@ -66,14 +67,16 @@ def reuse_freed_memory() -> bool:
 
 def give_back() -> None:
     """Give all that is free back to the system, now and whenever more is freed, as the C library does by itself."""
-    _use_defaults()
-    _glibc().malloc_trim(0)
+    if _can_keep():
+        _use_defaults()
+        _glibc().malloc_trim(0)
 
 
 @cache
 def _can_keep() -> bool:
     wanted = os.environ.get(SWITCH, "").strip().lower() not in ("off", "0", "false", "no")
-    return wanted and platform.libc_ver()[0] == "glibc"
+    own = any(os.environ.get(name) for name in _USERS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return wanted and not own and platform.libc_ver()[0] == "glibc"
 
 
 def _left() -> float:
@@ -113,7 +116,7 @@ def reuse_freed_memory_on_cpu(network: nn.Module) -> RemovableHandle:
     """Call :func:`reuse_freed_memory` whenever ``network`` gets an input on a CPU, until the hook is removed."""
 
     def before_forward(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if inputs[0].device.type == "cpu":
+        if inputs and inputs[0].device.type == "cpu":
             reuse_freed_memory()
 
     return network.register_forward_pre_hook(before_forward)

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
-from nnunetv2_lightnets.nnunet.mixed_precision import cuda_autocast
+from nnunetv2_lightnets.nnunet.mixed_precision import backward_under_cuda_rules, cuda_autocast
 from nnunetv2_lightnets.nnunet.plans import Setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_targets, make_trainer
 from nnunetv2_lightnets.ops import library
@@ -122,7 +122,10 @@ def step_memory(
             targets = make_targets(trainer, answers, batch_size)
             loss = trainer.loss(answers, targets)
             del answers  # as in our training step
-        loss.backward()
+        if on_gpu:
+            backward_under_cuda_rules(loss)
+        else:
+            loss.backward()
     return TrainingMemory(fixed=weight_bytes + state_bytes, step=live.peak - outside, saved=saved.bytes)
 
 
@@ -180,8 +183,9 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace != library.NAMESPACE:
             return 0
         name = func.__name__.partition(".")[0]
-        registered = getattr(library, "WORKSPACE", {}) | (workspace.OPERATORS if self._on_gpu else {})
-        return int(registered[name](*args)) if name in registered else 0
+        if name in library.WORKSPACE:
+            return int(library.WORKSPACE[name](*args, **({"device": "cuda"} if self._on_gpu else {})))
+        return int(workspace.OPERATORS[name](*args)) if self._on_gpu and name in workspace.OPERATORS else 0
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -39,6 +39,18 @@ def cuda_autocast() -> Iterator[None]:
         yield
 
 
+def backward_under_cuda_rules(loss: Tensor) -> None:
+    """``loss.backward()``, in which what is computed again follows the same rules.
+
+    A checkpoint of torch switches autocast on again for that, and knows nothing of the rules here; and a mode is off
+    inside of what it overrides, ``backward`` included. So the engine is called directly.
+    """
+    with _CudaRules():
+        run: Any = torch.autograd.graph._engine_run_backward
+        ones = (torch.ones_like(loss),)
+        run((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 class _CudaRules(TorchFunctionMode):
     """Corrects the autocast of CPUs, wherever that is on."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,9 +17,9 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.files import last_line
 from nnunetv2_lightnets.nnunet.available import available_memory
 from nnunetv2_lightnets.nnunet.memory import NOBODY, memory_of
+from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
 from nnunetv2_lightnets.ops.selective_scan.dispatch import (
     ENVIRONMENT_VARIABLE,
     FAST,
@@ -31,7 +33,14 @@ from nnunetv2_lightnets.ops.selective_scan.slow import slow_scan
 
 MEMORY_CHECK = "NNUNET_LIGHTNETS_MEMORY_CHECK"
 _GIGABYTE = 2**30
-_NNUNETS_TARGET = 8  # gigabytes that nnU-Net plans for
+_CLOSE = 0.9  # of what there is: an estimate above may be too much
+# Gigabytes that nnU-Net's planners plan for.
+_TARGETS = {
+    "ExperimentPlanner": 8,
+    "nnUNetPlannerResEncM": 8,
+    "nnUNetPlannerResEncL": 24,
+    "nnUNetPlannerResEncXL": 40,
+}
 _KINDS = {"A_log": "plain", "A_logs": "directional"}  # the parameter of a network that scans, and how it does
 
 
@@ -113,10 +122,13 @@ def check_memory(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -
         with torch.random.fork_rng(devices=[]):
             needed = memory_of(trainer, watch).total
         available = available_memory(device)
-        # The network is there already.
-        held = sum(p.untyped_storage().nbytes() for p in trainer.network.parameters() if p.device == device)
+        # The network is there already, and the optimizer's state where a training continues.
+        held = sum(x.untyped_storage().nbytes() for x in _held(trainer) if x.device == device)
     except Exception as error:  # an estimate must not stop a training
-        return f"the memory of a training step could not be estimated: {last_line(error)}"
+        return (
+            f"the memory of a training step could not be estimated: {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}"
+        )
     patch = " x ".join(map(str, trainer.configuration_manager.patch_size))
     step = (
         f"a training step on patches of {patch} with batch size {trainer.batch_size} takes about "
@@ -126,27 +138,51 @@ def check_memory(trainer: Any, watch: AbstractContextManager[object] = NOBODY) -
         return f"{step}; what {device.type} has is not known"
     available += held
     gigabytes = available / _GIGABYTE
-    if needed <= available:
+    if needed <= _CLOSE * available:
         return f"{step}, and {device.type} has {gigabytes:.1f} GB"
+    if needed <= available:
+        return f"WARNING: {step}, and {device.type} has {gigabytes:.1f} GB, which may be too little"
     message = f"{step}, and {device.type} has {gigabytes:.1f} GB. {_remedy(trainer, gigabytes, needed / _GIGABYTE)}"
     if os.environ.get(MEMORY_CHECK, "").strip().lower() in ("off", "0", "false", "no"):
         return f"WARNING: {message}"
     raise LightNetsError(f"{message}. If the estimate is wrong, {MEMORY_CHECK}=off trains all the same")
 
 
+def _held(trainer: Any) -> Iterator[torch.Tensor]:
+    """What is on the device before the first step."""
+    yield from trainer.network.parameters()
+    yield from trainer.network.buffers()
+    for state in trainer.optimizer.state.values():
+        yield from (x for x in state.values() if torch.is_tensor(x))
+
+
 def _remedy(trainer: Any, gigabytes: float, needed: float) -> str:
-    """What to do where a step needs more than there is, with a command that can be typed."""
-    dataset = trainer.plans_manager.dataset_name
-    if _planner_fits(trainer):
-        least = max(0.1, math.floor(10 * gigabytes) / 10)
-        words = ["nnUNetv2_lightnets", "plan", "-d", dataset, "-c", trainer.configuration_name]
-        words += ["-tr", type(trainer).__name__, "--memory", f"{least:g}", "-device", trainer.device.type]
+    """What to do where a step needs more than there is, with commands that can be typed."""
+    plans, configuration = trainer.plans_manager, trainer.configuration_name
+    number = re.match(r"Dataset0*(\d+)_", plans.dataset_name)
+    dataset = number[1] if number else plans.dataset_name
+    aim = max(0.1, math.floor(10 * _CLOSE * gigabytes) / 10)
+    known = next((c.__name__ for c in type(trainer).__mro__ if c.__name__ in TRAINERS), None)
+    if _planner_fits(trainer) and known is not None:
+        words = ["nnUNetv2_lightnets", "plan", "-d", dataset, "-c", configuration, "-tr", known]
+        if "network_strides" not in trainer.configuration_manager.network_arch_init_kwargs:  # else ours already
+            words += ["-p", plans.plans_name]
+        words += ["--memory", f"{aim:g}", "-device", trainer.device.type]
+        commands = shlex.join([*words, "--suffix", f"{aim:g}GB".replace(".", "_")])
     else:  # nnU-Net's own plans fit these networks, and have a target in GB for its own network
-        target = f"{_NNUNETS_TARGET * gigabytes / needed:.1f}"
-        words = ["nnUNetv2_plan_experiment", "-d", dataset, "-gpu_memory_target", target]
-        words += ["-overwrite_plans_name", f"nnUNetPlans_{target}GB"]
+        planner = plans.plans.get("experiment_planner_used", "ExperimentPlanner")
+        present = re.search(r"_(\d+(?:\.\d+)?)GB$", plans.plans_name)
+        target = float(present[1]) if present else _TARGETS.get(planner, _TARGETS["ExperimentPlanner"])
+        target = max(0.1, math.floor(10 * target * aim / needed) / 10)
+        name = f"{plans.plans_name[: present.start()] if present else plans.plans_name}_{target:g}GB"
+        plan = ["nnUNetv2_plan_experiment", "-d", dataset, "-pl", planner, "-gpu_memory_target", f"{target:g}"]
+        prepare = ["nnUNetv2_preprocess", "-d", dataset, "-plans_name", name, "-c", configuration]
+        commands = f"{shlex.join([*plan, '-overwrite_plans_name', name])}, then {shlex.join(prepare)}"
+    sizes = [name for name in TRAINERS if known and name in (f"{known}S", f"{known}T")] or [
+        "nnUNetTrainerULite or nnUNetTrainerUltraLightUNet"
+    ]
     return (
-        f"Take a smaller network (a trainer ending in S or T), or plans that fit ({shlex.join(words)}), "
+        f"Take a smaller network ({', '.join(sizes)}), or plans that fit ({commands}), "
         "or a smaller batch size in the plans"
     )
 

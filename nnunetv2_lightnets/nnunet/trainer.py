@@ -24,7 +24,7 @@ from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks import create_network, list_networks, network_entry
 from nnunetv2_lightnets.nnunet.checkpoints import CheckpointTrainer
 from nnunetv2_lightnets.nnunet.freezing import backward
-from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory, reuse_freed_memory_on_cpu
+from nnunetv2_lightnets.nnunet.malloc import give_back, reuse_freed_memory, reuse_freed_memory_on_cpu
 from nnunetv2_lightnets.nnunet.notices import check_memory, scan_notice, scans, show_warnings
 from nnunetv2_lightnets.nnunet.prediction import PredictionNetwork
 from nnunetv2_lightnets.nnunet.schedules import Cosine, Poly
@@ -172,6 +172,7 @@ class LightNetsTrainer(CheckpointTrainer):
         finally:
             if hook is not None:
                 hook.remove()
+                give_back()
             self.network = trained
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -190,7 +191,7 @@ class LightNetsTrainer(CheckpointTrainer):
         if not self.was_initialized:
             self.initialize()
         calls = Calls()
-        memory = check_memory(self, calls)
+        memory = self._checked_memory(calls)
         super().on_train_start()
         parameters = sum(p.numel() for p in self.bare_network.parameters())
         self.print_to_log_file(
@@ -202,6 +203,22 @@ class LightNetsTrainer(CheckpointTrainer):
             self.print_to_log_file(memory)
         if self.device.type == "cuda" and len(calls):
             warm_up(calls, self.device, self.print_to_log_file if self.local_rank == 0 else lambda line: None)
+
+    def _checked_memory(self, calls: Calls) -> str:
+        """The line of :func:`check_memory`. Of several processes all stop if one of them has to."""
+        refusal = None
+        try:
+            line = check_memory(self, calls)
+        except LightNetsError as error:
+            refusal = error
+        if self.is_ddp:
+            refused = torch.tensor(float(refusal is not None), device=self.device)
+            torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
+            if refused and refusal is None:
+                refusal = LightNetsError("another process of this training has too little memory, and says how much")
+        if refusal is not None:
+            raise refusal
+        return line
 
     def _name_scan_backend(self) -> None:
         """Write into the log, once and from one process, what computes the network's scans."""

@@ -4,7 +4,8 @@ The library is plain C without Python's or torch's headers, called by ctypes on 
 version of both, and the interpreter runs on while it computes. Tensors are described by their strides, so views such as
 ``x.transpose(1, 2)`` of (B, L, D) memory are read where they lie; channels that are neighbours in memory are fastest.
 
-Arithmetic is in float32, or float64 for float64 inputs; half precision is converted tile by tile. Threads are those of
+Arithmetic is in float32, or float64 for float64 inputs; half precision is converted tile by tile (a Mamba layer takes
+none). Threads are those of
 torch: as many as ``torch.get_num_threads()`` says, and from torch's own OpenMP runtime where it has one.
 
 The environment variable ``NNUNET_LIGHTNETS_NATIVE_ISA`` (avx512, avx2, baseline) forces an instruction set; without it

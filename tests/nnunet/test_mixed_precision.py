@@ -80,7 +80,7 @@ def saved_bytes(name: str, patch: tuple[int, ...], device: str, context: Context
 )
 def test_a_network_saves_what_it_would_on_a_gpu(name: str) -> None:
     real, counted = (saved_bytes(name, (64, 64), *way) for way in WAYS)
-    assert counted == pytest.approx(real, rel=0.015)
+    assert counted == pytest.approx(real, rel=0.03)
 
 
 @pytest.mark.slow
@@ -171,3 +171,12 @@ def test_workspace_of_the_scan(directions: int) -> None:
     assert copies < workspace.forward(*scan, True, False) <= copies + 3 * saved
     backward = workspace.backward(u, None, *scan, torch.empty(0), torch.empty(0))
     assert copies + 2 * B.numel() * 4 < backward < copies + 2 * 16 * B.numel() * 4 + 8 * saved
+
+
+@pytest.mark.parametrize("network", ["LightMUNetT", "UMambaBot", "SwinUMambaDScratch", "LightMUNetTNoScan"])
+def test_a_step_that_is_computed_again_is_counted(network: str) -> None:
+    """Recomputation in the backward pass follows the same rules, and operators take there what they take on a GPU."""
+    trainer = find_trainer(f"nnUNetTrainer{network}")
+    assert trainer is not None
+    counted = training_memory(trainer, patch_setting([64, 64], 1, 3), 2, CUDA)
+    assert 0 < counted.saved < counted.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -232,10 +233,10 @@ def test_too_little_memory_stops_with_numbers_and_remedies(
     notice = str(stopped.value)
     assert notice.startswith("a training step on patches of 128 x 128 x 128 with batch size 2 takes about")
     assert "GB, and cpu has 0.5 GB" in notice and "\n" not in notice
-    assert "S or T" in notice and "smaller batch size" in notice
-    dataset = trainer.plans_manager.dataset_name
-    plan = f"nnUNetv2_lightnets plan -d {dataset} -c free -tr nnUNetTrainerLightMUNet --memory 0.5 -device cpu"
-    assert f"({plan})" in notice
+    assert "(nnUNetTrainerLightMUNetS, nnUNetTrainerLightMUNetT)" in notice and "smaller batch size" in notice
+    plans = trainer.plans_manager.plans_name
+    plan = f"plan -d 999 -c free -tr nnUNetTrainerLightMUNet -p {plans} --memory 0.4 -device cpu --suffix 0_4GB"
+    assert f"(nnUNetv2_lightnets {plan})" in notice
     assert time.process_time() - started < 20  # 4 s on a machine with nothing else to do
     assert torch.equal(random[0], torch.get_rng_state())
     assert np.array_equal(random[1], np.random.get_state()[1])  # noqa: NPY002
@@ -268,7 +269,9 @@ def test_what_is_free_on_a_gpu_counts(gpu: torch.device, made: Callable[..., Any
     trainer.device = gpu
     assert "and cuda has 1.3 GB" in check_memory(trainer)
     trainer.batch_size = 20  # of this process alone, where several train together
-    with pytest.raises(LightNetsError, match=r"batch size 20 takes about .* --memory 1\.3 -device cuda\)"):
+    with pytest.raises(
+        LightNetsError, match=r"batch size 20 takes about .* --memory 1\.1 -device cuda --suffix 1_1GB\)"
+    ):
         check_memory(trainer)
 
 
@@ -277,8 +280,24 @@ def test_networks_that_nnunets_plans_fit_get_its_command(
 ) -> None:
     trainer = made("nnUNetTrainerUMambaBot", [64, 64])
     monkeypatch.setattr(notices, "available_memory", lambda device: 2**24)
-    with pytest.raises(LightNetsError, match=r"\(nnUNetv2_plan_experiment -d \S+ -gpu_memory_target \d"):
+    with pytest.raises(LightNetsError) as stopped:
         check_memory(trainer)
+    planned, prepared = str(stopped.value).partition("(nnUNetv2_plan")[2].partition(")")[0].split(", then ")
+    assert re.fullmatch(
+        r"_experiment -d 999 -pl \S+ -gpu_memory_target [\d.]+ -overwrite_plans_name \S+_[\d.]+GB", planned
+    )
+    assert re.fullmatch(r"nnUNetv2_preprocess -d 999 -plans_name \S+_[\d.]+GB -c free", prepared)
+
+
+def test_what_is_held_is_not_asked_for_again(gpu: torch.device, made: Callable[..., Any]) -> None:
+    """A training that continues has the optimizer's state on the GPU before its first step."""
+    trainer = made("nnUNetTrainerULite", [64, 64, 64])
+    held = sum(x.nbytes for x in notices._held(trainer))
+    for parameter in trainer.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    parameters = sum(p.nbytes for p in trainer.network.parameters())
+    assert held >= parameters and sum(x.nbytes for x in notices._held(trainer)) >= held + parameters
 
 
 def test_a_training_that_does_not_fit_starts_nothing(monkeypatch: pytest.MonkeyPatch, made: Callable[..., Any]) -> None:
@@ -321,7 +340,7 @@ def test_an_estimate_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch, m
 
     monkeypatch.setattr(notices, "memory_of", fail)
     notice = check_memory(made("nnUNetTrainerULite", [32, 32]))
-    assert notice == "the memory of a training step could not be estimated: of words"
+    assert notice == "the memory of a training step could not be estimated: RuntimeError: a page"
 
 
 def test_memory_of_this_machine() -> None:

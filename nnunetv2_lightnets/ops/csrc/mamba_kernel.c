@@ -16,6 +16,7 @@
 #include "product.h"
 #include "scan_rows.h"
 
+enum { TILES = 7 };
 enum { DECAY = LN_CHUNK * GROUP_BACKWARD * LANES, HISTORY = DECAY + GROUP_BACKWARD * LANES };
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -256,12 +257,12 @@ typedef struct {
     real *u_in, *u, *z, *delta, *y; /* inner; u_in before; y gated */
     real *coefficients;            /* dt, B, C */
     real *result;                  /* outputs */
-    real *tile[8];
+    real *tile[TILES];
     int64_t at_d[LN_CHUNK];        /* where rows of inner channels begin */
     /* The backward pass alone. */
     real *scanned;                 /* y as it was before the gate; then dz */
     real *dy;                      /* inner, width - 1 rows more: gradient of y, then of u, then of u_in */
-    real *dr, *dn;                 /* channels */
+    real *dr, *dn, *token;         /* channels; token: one row */
     run_sums sums;
     real *dcoefficients, *dBC, *starts, *h, *history, *decay; /* starts: (blocks, chunks, states, WIDTH) */
 } activations;
@@ -277,13 +278,13 @@ static void lay_out_run(const plan *p, bool backward, activations *m, arena *a) 
     m->u_in = take_reals(a, before * m->d), m->u = take_reals(a, rows * m->d), m->z = take_reals(a, rows * m->d);
     m->delta = take_reals(a, rows * m->d);
     m->coefficients = take_reals(a, (rows + TOKENS_BACKWARD) * m->k);
-    for (int i = 0; i < 8; i++) m->tile[i] = take_reals(a, TILE);
+    for (int i = 0; i < TILES; i++) m->tile[i] = take_reals(a, TILE);
     m->result = take_reals(a, rows * m->o);
     m->y = m->delta, m->r = m->n;
     if (!backward) return;
     m->y = take_reals(a, rows * m->d), m->scanned = take_reals(a, rows * m->d), m->r = take_reals(a, rows * m->c);
     m->dy = take_reals(a, before * m->d);
-    m->dr = take_reals(a, rows * m->c), m->dn = take_reals(a, rows * m->c);
+    m->dr = take_reals(a, rows * m->c), m->dn = take_reals(a, rows * m->c), m->token = take_reals(a, p->C);
     m->dcoefficients = take_reals(a, (rows + TOKENS_BACKWARD) * m->k);
     m->dBC = take_reals(a, rows * 2 * p->states);
     m->starts = take_reals(a, p->D * p->states * (rows / LN_CHUNK));
@@ -649,7 +650,7 @@ static void input_backward(const plan *p, const activations *m, const run *r) {
     if (l->norm_weight)
         layer_norm_backward(p, m->dn, m->dn, m->mean + l->width - 1, m->rstd + l->width - 1, x, m->c, r->tokens, &m->sums);
     const vec skip = splat(l->proj_weight ? *(const real *)l->skip_scale : 0);
-    real *token = m->result, *plain = m->sums.group, *slanted = plain + p->C;
+    real *token = m->token, *plain = m->sums.group, *slanted = plain + p->C;
     for (int t = 0; t < r->tokens; t++) {
         const int64_t index = r->b * l->length + r->first + t;
         real *dx = m->dn + t * m->c;

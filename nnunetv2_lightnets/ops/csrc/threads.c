@@ -1,6 +1,6 @@
 /* Threads: those of torch's own OpenMP runtime where native_library.py has found it, else POSIX threads made per call.
  *
- * Borrowing torch's pool matters: its idle threads spin for milliseconds after each parallel operation of torch, and
+ * Borrowing torch's pool matters: its idle threads spin for a while after each parallel operation of torch, and
  * threads of our own would have to share the processor with them. Nothing is linked: GOMP_parallel, which GNU's, LLVM's
  * and Intel's runtimes all offer, is handed over as a pointer. A forked child has lost the pool's threads, and OpenMP
  * would wait for them for ever; it falls back to threads per call.

@@ -84,16 +84,21 @@ def _forward(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer.check()
     use = _use(layer)
     out, states, moments = _USES[use][0].forward(layer, save)
-    if traced and save and states.numel() != by_torch.saved_numbers(layer):
-        states = states.new_empty(by_torch.saved_numbers(layer))  # a graph relies on what the fake kernel promises
+    if traced and save and states.numel() != (promised := _promised(layer, traced)):
+        states = states.new_empty(promised)  # a graph relies on what the fake kernel promises
     return out, states, moments, torch.scalar_tensor(use, dtype=torch.uint8, device="cpu")
+
+
+def _promised(layer: Layer, traced: bool) -> int:
+    """How many numbers of states a graph relies on: those of torch's runs, but on a CPU what would be taken now."""
+    known = not traced or layer.tokens.device.type == "cpu"
+    return (_backend(layer) if known else cast(Backend, by_torch)).saved_numbers(layer)
 
 
 def _forward_fake(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer, (save, traced) = layer_of(values), values[-2:]
     layer.check()
-    backend = cast(Backend, by_torch) if traced else _backend(layer)
-    states = layer.tokens.new_empty(backend.saved_numbers(layer) if save else 0, dtype=layer.scan_dtype)
+    states = layer.tokens.new_empty(_promised(layer, traced) if save else 0, dtype=layer.scan_dtype)
     return layer.new_output(), states, layer.new_moments(), torch.empty((), dtype=torch.uint8, device="cpu")
 
 
