@@ -28,6 +28,7 @@ SCRIPTS = (  # each has tables()
     "trainers_cpu",
     "training_memory",
     "under_load",
+    "versions",
 )
 
 
