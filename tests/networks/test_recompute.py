@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from networks.base import as_trained
 from torch import Tensor, nn
 
-from nnunetv2_lightnets.networks import create_network
+from nnunetv2_lightnets.networks import create_network, layers, recompute
 from nnunetv2_lightnets.networks.layers import BatchNorm
 from nnunetv2_lightnets.networks.lightm_unet import Decoder, ResidualConvBlock, TokenGroupNorm, to_grid, to_tokens
 from nnunetv2_lightnets.networks.recompute import recomputed
@@ -282,3 +283,64 @@ def test_lightm_residual_convolutions_keep_their_input(spatial: tuple[int, ...])
     with saved:
         block(tokens.requires_grad_(), spatial)
     assert saved.bytes <= tokens.untyped_storage().nbytes() + 1000
+
+
+# ---- What must not be computed again, or not otherwise ----
+
+
+def test_batch_norms_of_several_processes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net converts them in distributed training; they know nothing of a second time."""
+    network = create_network("ulite", spatial_dims=2, input_channels=1, num_classes=2, channels=(4, 8))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not recompute._is_synchronized(network.encoder[0]._forward)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert recompute._is_synchronized(converted.encoder[0]._forward)
+
+
+def test_a_scan_is_computed_again_by_the_backend_that_was_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2_lightnets.networks.vss import VSSBlock
+    from nnunetv2_lightnets.ops.selective_scan import native
+    from nnunetv2_lightnets.ops.selective_scan.dispatch import use_backend
+
+    def fail(*_: object) -> None:
+        raise AssertionError("another backend")
+
+    monkeypatch.setattr(native, "forward", fail)
+    block = VSSBlock(16, d_state=2)
+    with use_backend("torch"):
+        out = block(torch.randn(1, 4, 4, 16))
+    out.sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_a_cumulative_average_counts_each_batch_once() -> None:
+    """Momentum None, which torch's batch norm knows."""
+    norm, plain = BatchNorm(3), torch.nn.BatchNorm2d(3)
+    norm.momentum = plain.momentum = None
+    for _ in range(3):
+        x = torch.randn(2, 3, 5, 5)
+        recomputed(lambda x: norm(x).square(), x.requires_grad_()).sum().backward()
+        plain(x)
+    assert norm.num_batches_tracked == 3
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+    torch.testing.assert_close(norm.running_var, plain.running_var)
+
+
+def test_windows_with_more_voxels_than_a_byte_counts() -> None:
+    x = torch.randn(1, 1, 16, 16, 16, requires_grad=True)
+    layers.max_pool(x, (8, 8, 8)).sum().backward()
+    assert x.grad is not None and x.grad.sum() == 8
+
+
+def test_a_network_can_be_recorded_with_gradients_on() -> None:
+    network = create_network("ulite", spatial_dims=2, input_channels=1, num_classes=2, channels=(4, 8)).eval()
+    x = torch.randn(1, 1, 8, 8)
+    recorded = torch.jit.trace(network, x, check_trace=False)
+    torch.testing.assert_close(torch.jit.load(_saved(recorded))(x), network(x))
+
+
+def _saved(module: torch.jit.ScriptModule) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.jit.save(module, stream)
+    stream.seek(0)
+    return stream
