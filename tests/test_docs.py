@@ -106,14 +106,13 @@ def test_the_index_of_the_api_is_complete() -> None:
 
 
 def test_the_memory_that_readme_speaks_of_is_the_recorded_one() -> None:
-    with (ROOT / "benchmarks" / "results" / "trainers_cpu.csv").open(encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    with (ROOT / "benchmarks" / "results" / "versions.csv").open(encoding="utf-8") as stream:
+        rows = {row["network"]: row for row in csv.DictReader(stream)}
 
-    def times_nnunet(trainer: str, patch: str) -> float:
-        of = {row["trainer"]: float(row["training_MB"]) for row in rows if row["patch"] == patch}
-        return of[trainer] / of["nnUNetTrainer"]
+    def times_nnunet(network: str) -> float:
+        return float(rows[network]["after MB"]) / float(rows[network]["PlainConvUNet MB"])
 
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"needs {times_nnunet('nnUNetTrainerLightMUNet', '64×64×64'):.1f} times the memory" in readme
-    for trainer in ("nnUNetTrainerULite", "nnUNetTrainerUltraLightUNet"):  # "about half"
-        assert all(0.35 < times_nnunet(trainer, patch) < 0.6 for patch in ("64×64×64", "256×256"))
+    assert f"and {times_nnunet('lightm_unet'):.1f} times the memory" in readme
+    assert 0.9 < float(rows["lightm_unet"]["after training step"]) < 1.1  # "about as long"
+    assert all(0.2 < times_nnunet(network) < 0.3 for network in ("ulite", "ultralight_unet"))  # "about a fourth"

@@ -19,7 +19,7 @@ import pytest
 import recording
 import tables
 import trainers_cpu
-import training_memory
+import versions
 
 PAGES = [recording.ROOT / "README.md", *sorted((recording.ROOT / "docs").glob("*.md"))]
 LONG = {  # tables of more than MOST_ROWS rows, by page and first column's title: why they are not cut
@@ -151,29 +151,22 @@ def test_a_single_image_makes_most_of_the_lead_on_nuclei() -> None:
 
 
 def test_words_beside_the_tables_agree_with_them() -> None:
-    """What docs/lightm_unet.md, ultralight_unet.md and planning.md say of times and memory."""
+    """What docs/lightm_unet.md and ultralight_unet.md say of times and memory."""
+    versions_rows = {row["network"]: row for row in recording.read_rows(versions.MEASURED)}
 
-    measured, patch = trainers_cpu.measured(), trainers_cpu.VOLUME
+    def times_nnunet(network: str, what: str) -> float:
+        row = versions_rows[network]
+        return float(row[f"after {what}"]) / (float(row["PlainConvUNet MB"]) if what == "MB" else 1)
 
-    def times_nnunet(trainer: str, column: str) -> float:
-        return float(measured[trainer, patch][column]) / float(measured["nnUNetTrainer", patch][column])
-
-    assert times_nnunet("nnUNetTrainerLightMUNetS", "inference_s") == pytest.approx(0.5, abs=0.05)
-    assert times_nnunet("nnUNetTrainerLightMUNetS", "training_s") == pytest.approx(0.75, abs=0.05)
-    assert times_nnunet("nnUNetTrainerLightMUNet", "inference_s") == pytest.approx(1, abs=0.05)
-    assert times_nnunet("nnUNetTrainerLightMUNet", "training_s") == pytest.approx(1.6, abs=0.05)
-    assert times_nnunet("nnUNetTrainerLightMUNet", "training_MB") == pytest.approx(4, abs=0.5)
+    assert times_nnunet("lightm_unet S", "forward") == pytest.approx(0.4, abs=0.05)
+    assert times_nnunet("lightm_unet S", "training step") == pytest.approx(0.5, abs=0.05)
+    assert times_nnunet("lightm_unet S", "MB") == pytest.approx(0.4, abs=0.05)
+    assert times_nnunet("lightm_unet", "forward") == pytest.approx(0.8, abs=0.05)
+    assert times_nnunet("lightm_unet", "training step") == pytest.approx(1, abs=0.05)
+    assert times_nnunet("lightm_unet", "MB") == pytest.approx(0.8, abs=0.05)
 
     prepared = [row for row in recording.read_rows(light_cnns_cpu.MEASURED) if row["goals"]]
     missed = {
         (row["network"], len(row["patch"].split("x"))) for row in prepared if float(row["times as published"]) < 2
     }
     assert missed == {("UltraLightUNet base", 4), ("UltraLightUNet T", 4), ("UltraLightUNet T", 3)}
-
-    memory = [
-        1e6 * int(measured[row["trainer"], patch]["training_MB"]) / (2**20 * int(row["measured_MB"]))
-        for row in recording.read_rows(training_memory.MEASURED)
-        if (row["patch"], row["batch"]) == ("64 x 64 x 64", "2")
-    ]
-    assert max(memory) == pytest.approx(1.6, abs=0.05)
-    assert sum(ratio > 1 for ratio in memory) > len(memory) / 2
