@@ -96,6 +96,7 @@ def faults_of(code: str, **environment: str) -> int:
 
 
 @glibc
+@pytest.mark.slow
 def test_a_training_step_causes_no_page_faults() -> None:
     assert faults_of(TRAIN) < 2000  # 8 MB
 

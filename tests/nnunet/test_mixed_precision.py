@@ -173,7 +173,10 @@ def test_workspace_of_the_scan(directions: int) -> None:
     assert copies + 2 * B.numel() * 4 < backward < copies + 2 * 16 * B.numel() * 4 + 8 * saved
 
 
-@pytest.mark.parametrize("network", ["LightMUNetT", "UMambaBot", "SwinUMambaDScratch", "LightMUNetTNoScan"])
+@pytest.mark.parametrize(
+    "network",
+    ["LightMUNetT", "UMambaBot", pytest.param("SwinUMambaDScratch", marks=pytest.mark.slow), "LightMUNetTNoScan"],
+)
 def test_a_step_that_is_computed_again_is_counted(network: str) -> None:
     """Recomputation in the backward pass follows the same rules, and operators take there what they take on a GPU."""
     trainer = find_trainer(f"nnUNetTrainer{network}")
