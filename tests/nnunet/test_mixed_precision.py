@@ -80,7 +80,8 @@ def saved_bytes(name: str, patch: tuple[int, ...], device: str, context: Context
 )
 def test_a_network_saves_what_it_would_on_a_gpu(name: str) -> None:
     real, counted = (saved_bytes(name, (64, 64), *way) for way in WAYS)
-    assert counted == pytest.approx(real, rel=0.03)
+    # On a CPU some layers go other ways, which keep more; an estimate must not be too low.
+    assert 0.97 * real < counted < 1.35 * real
 
 
 @pytest.mark.slow
