@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_lightnets.networks.layers import CHANNELS_LAST
 from nnunetv2_lightnets.networks.recompute import is_recorded
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a tensor
+from nnunetv2_lightnets.ops.tensors import on_cpu
 
 
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -22,7 +22,7 @@ def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None =
 
     A single voxel becomes the offset.
     """
-    if x.device.type != "cpu":
+    if not on_cpu(x):
         # The function behind torch's layer; the layer refuses a single voxel.
         return torch.instance_norm(x, weight, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
     if _channels_are_last(x) and not torch.compiler.is_compiling() and not is_recorded():
@@ -46,7 +46,7 @@ class InstanceNorm(nn.Module):
 
 
 def _channels_are_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+    return not x.is_contiguous() and x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
 
 
 class _NormOfEachImage(torch.autograd.Function):
@@ -69,7 +69,7 @@ class _NormOfEachImage(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         asked = [ctx.needs_input_grad[0], *(weight is not None and needed for needed in ctx.needs_input_grad[1:3])]
-        grad = gradients[0].contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+        grad = gradients[0].contiguous(memory_format=CHANNELS_LAST[x.ndim])
         images = [
             torch.ops.aten.native_batch_norm_backward(*image, weight, None, None, *statistics, True, ctx.eps, asked)
             for image, statistics in zip(

@@ -17,10 +17,11 @@ from torch.nn.grad import conv2d_weight
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.recompute import is_recorded, moments_of_block
+from nnunetv2_lightnets.ops.tensors import on_cpu
 
 Convolution: TypeAlias = nn.Conv2d | nn.Conv3d
 CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a tensor
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes of a tensor
 LINEAR_INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
@@ -59,15 +60,15 @@ def channels_last_on_cpu(x: Tensor) -> Tensor:
     There depthwise convolutions, pooling and resampling run 2 to 20 times faster so, in training too, and every layer
     hands the format on (measured: benchmarks/light_cnns_cpu.py). No GPU was at hand to measure.
     """
-    if x.device.type != "cpu":
+    if not on_cpu(x):
         return x
     # A clone, since contiguous() takes a single channel for being last already and the first layer then does not.
-    return x.clone(memory_format=_CHANNELS_LAST[x.ndim])
+    return x.clone(memory_format=CHANNELS_LAST[x.ndim])
 
 
 def _is_channels_last_on_cpu(x: Tensor) -> bool:
     traced = torch.compiler.is_compiling() or is_recorded()
-    return x.device.type == "cpu" and not x.is_contiguous() and not traced
+    return on_cpu(x) and not x.is_contiguous() and not traced
 
 
 def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,7 +78,7 @@ def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     """
     if x.ndim == 4:
         return F.conv2d(x, weight, bias)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(x) or torch.compiler.is_compiling():
         return F.conv3d(x, weight, bias)
     return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
@@ -105,7 +106,7 @@ class AxialDepthwiseConv(nn.Conv3d):
         """``x`` (B, C, D, H, W) -> the same shape."""
         size = max(self.kernel_size)
         axis = self.kernel_size.index(size)
-        if x.device.type != "cpu" or (axis == 2 and not torch.is_grad_enabled()):
+        if not on_cpu(x) or (axis == 2 and not torch.is_grad_enabled()):
             return super().forward(x)
         volume = x.movedim(1, -1)  # (B, D, H, W, C)
         before = volume.shape[: axis + 1].numel()
@@ -119,7 +120,7 @@ class AxialDepthwiseConv(nn.Conv3d):
 
 def depthwise_convolution(x: Tensor, convolution: Convolution) -> Tensor:
     """``convolution``, depthwise, cubic and without bias, of ``x`` (B, C, *spatial), with a fast backward pass."""
-    volume_on_cpu = x.ndim == 5 and x.device.type == "cpu"
+    volume_on_cpu = x.ndim == 5 and on_cpu(x)
     if volume_on_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         return cast(Tensor, _DepthwiseVolume.apply(x, convolution.weight))
     return cast(Tensor, convolution(x))

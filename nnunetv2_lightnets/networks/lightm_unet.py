@@ -32,6 +32,7 @@ from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_
 from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.ops import mamba_layer
+from nnunetv2_lightnets.ops.tensors import on_cpu
 from nnunetv2_lightnets.ops.token_moments import (
     FULL_PRECISION,
     input_gradient,
@@ -62,7 +63,7 @@ def computes_in_blocks(tokens: Tensor) -> bool:
     """
     return (
         type(tokens) is Tensor
-        and tokens.device.type == "cpu"
+        and on_cpu(tokens)
         and tokens.dtype in FULL_PRECISION
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

@@ -23,6 +23,7 @@ from nnunetv2_lightnets.networks.padding import crop_heads, pad_to_multiple
 from nnunetv2_lightnets.networks.recompute import recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 from nnunetv2_lightnets.networks.vss import VSSMEncoder, check_pyramid
+from nnunetv2_lightnets.ops.tensors import on_cpu
 
 _SLOPE = 0.01  # of the leaky ReLUs
 _FEW = 4  # channels, of which a convolution is computed again sooner than its result is kept
@@ -33,7 +34,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Map ``parts`` (B, C, H, W) of the input, which has in_channels in all, to (B, out_channels, H, W)."""
-        if parts[0].device.type != "cpu" or any(part.is_contiguous() for part in parts):
+        if not on_cpu(parts[0]) or any(part.is_contiguous() for part in parts):
             return super().forward(_joined(parts))
         weights = torch.split(self.weight.flatten(1), [part.shape[1] for part in parts], 1)
         out = F.linear(parts[0].permute(0, 2, 3, 1), weights[0], self.bias)
@@ -92,7 +93,7 @@ def _in_suitable_layout(x: Tensor) -> Tensor:
 
     It is channels last, but for feature maps that are smaller than the weights, which would have to be brought into it.
     """
-    last = x.device.type == "cpu" and x[0, 0].numel() > x.shape[1]
+    last = on_cpu(x) and x[0, 0].numel() > x.shape[1]
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
@@ -207,7 +208,7 @@ class SwinUMamba(nn.Module):
         """Logits of ``x`` (B, input_channels, H, W): (B, num_classes, H, W), or a list from fine to coarse."""
         size = x.shape[2:]
         x = pad_to_multiple(x, (self.stride, self.stride))
-        if x.device.type == "cpu":  # there convolutions are up to twice as fast so; every layer hands the layout on
+        if on_cpu(x):  # there convolutions are up to twice as fast so; every layer hands the layout on
             x = x.clone(memory_format=torch.channels_last)
         stem = self.stem(x)
         stages = self.vssm_encoder(stem, None if self.bottleneck_decoder else -1)

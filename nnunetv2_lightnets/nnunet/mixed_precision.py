@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from nnunetv2_lightnets.ops.tensors import as_on_gpu
+
 # By the names of Python's functions; a name in torch, in torch.nn.functional and of a method is one entry.
 _FLOAT32 = """
 acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__
@@ -35,7 +37,7 @@ _IN_HALF = frozenset(["prelu", "mv", "addmv", "addr"])  # which it would not tou
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """What ``torch.autocast("cuda")`` does to tensors on a GPU, here done to those on the CPU."""
-    with torch.autocast("cpu", dtype=torch.float16), _CudaRules():
+    with as_on_gpu(), torch.autocast("cpu", dtype=torch.float16), _CudaRules():
         yield
 
 
@@ -45,7 +47,7 @@ def backward_under_cuda_rules(loss: Tensor) -> None:
     A checkpoint of torch switches autocast on again for that, and knows nothing of the rules here; and a mode is off
     inside of what it overrides, ``backward`` included. So the engine is called directly.
     """
-    with _CudaRules():
+    with as_on_gpu(), _CudaRules():
         run: Any = torch.autograd.graph._engine_run_backward
         ones = (torch.ones_like(loss),)
         run((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)

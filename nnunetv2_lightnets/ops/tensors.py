@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+
+class _Counting:
+    """Whether tensors without memory on a CPU stand for those on a GPU: there, their bytes are counted."""
+
+    for_gpu = False
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Code takes the ways that it has for GPUs, for tensors on a CPU that are only counted."""
+    before, _Counting.for_gpu = _Counting.for_gpu, True
+    try:
+        yield
+    finally:
+        _Counting.for_gpu = before
+
+
+def device_type(x: Tensor) -> str:
+    """The type of the device that ``x`` is on, or stands for."""
+    return "cuda" if _Counting.for_gpu else x.device.type
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether code is to take the ways that are fast on CPUs."""
+    return device_type(x) == "cpu"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

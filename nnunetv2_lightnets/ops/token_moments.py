@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nnunetv2_lightnets.ops.tensors import compute_dtype
+from nnunetv2_lightnets.ops.tensors import compute_dtype, device_type, on_cpu
 
 FULL_PRECISION = (torch.float32, torch.float64)
 
@@ -32,13 +32,13 @@ def block_length(device: str, widest: int, at_least: int = 0) -> int:
 
 def token_blocks(tokens: Tensor, widest: int) -> Iterator[slice]:
     """Slices of the L tokens (B, L, C) such that a block of all sequences with ``widest`` channels has that size."""
-    step = block_length(tokens.device.type, tokens.shape[0] * widest)
+    step = block_length(device_type(tokens), tokens.shape[0] * widest)
     return (slice(start, start + step) for start in range(0, tokens.shape[1], step))
 
 
 def is_cpu_code(tokens: Tensor) -> bool:
     """Whether torch's own kernels for CPUs run, which are few and well threaded, instead of a compiler's or a GPU's."""
-    return tokens.device.type == "cpu" and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling()
+    return on_cpu(tokens) and tokens.dtype in FULL_PRECISION and not torch.compiler.is_compiling()
 
 
 @torch.no_grad()

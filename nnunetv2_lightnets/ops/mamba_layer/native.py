@@ -11,7 +11,7 @@ from torch import Tensor
 from nnunetv2_lightnets.ops import native_library as lib
 from nnunetv2_lightnets.ops.mamba_layer.record import TENSORS, Gradients, Layer
 from nnunetv2_lightnets.ops.selective_scan.record import CHUNK
-from nnunetv2_lightnets.ops.tensors import in_layout_of
+from nnunetv2_lightnets.ops.tensors import in_layout_of, on_cpu
 
 NAME = "native"
 
@@ -20,7 +20,7 @@ def takes(layer: Layer) -> bool:
     """Whether the kernel is there and computes this layer. Asked about tensors without memory, too."""
     dtype = layer.tokens.dtype
     return (
-        layer.tokens.device.type == "cpu"
+        on_cpu(layer.tokens)
         and layer.low is None
         and dtype in (torch.float32, torch.float64)
         and all(x is None or (x.dtype == dtype and x.layout == torch.strided) for x in layer.tensors())
