@@ -6,6 +6,7 @@ torch applies these rules to fake tensors "on" CUDA in a forward pass, without a
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -80,15 +81,19 @@ def saved_bytes(name: str, patch: tuple[int, ...], device: str, context: Context
 )
 def test_a_network_saves_what_it_would_on_a_gpu(name: str) -> None:
     real, counted = (saved_bytes(name, (64, 64), *way) for way in WAYS)
-    assert counted == pytest.approx(real, rel=0.015)
+    assert abs(counted - real) <= allowed(real, (64, 64))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lightm_unet", "ulite", "ultralight_unet", "umamba_bot", "segresnet"])
-def test_a_volume_takes_no_more_than_is_counted(name: str) -> None:
-    """Convolutions of volumes have ways of their own on a CPU, which may save more."""
+def test_a_volume_saves_what_it_would_on_a_gpu(name: str) -> None:
     real, counted = (saved_bytes(name, (32, 32, 32), *way) for way in WAYS)
-    assert 0.98 * real <= counted <= 1.02 * real
+    assert abs(counted - real) <= allowed(real, (32, 32, 32))
+
+
+def allowed(real: float, patch: tuple[int, ...]) -> float:
+    """Bytes: 1.5 %, or the logits in half precision, of which CUDA's loss keeps one more, and some norm's moments."""
+    return max(0.015 * real, 2 * 3 * math.prod(patch) * 2 + 4096)
 
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
