@@ -290,11 +290,20 @@ def test_lightm_residual_convolutions_keep_their_input(spatial: tuple[int, ...])
 
 def test_batch_norms_of_several_processes_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net converts them in distributed training; they know nothing of a second time."""
-    network = create_network("ulite", spatial_dims=2, input_channels=1, num_classes=2, channels=(4, 8))
+    network = create_network("ulite", spatial_dims=2, input_channels=1, num_classes=2, channels=(4, 8)).eval()
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    x = torch.randn(1, 1, 8, 8)
+    blocks: list[object] = []
+    checkpoint = recompute.checkpoint
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert not recompute._is_synchronized(network.encoder[0]._forward)
-    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    assert recompute._is_synchronized(converted.encoder[0]._forward)
+    monkeypatch.setattr(
+        recompute, "checkpoint", lambda block, *a, **k: (blocks.append(block), checkpoint(block, *a, **k))[1]
+    )
+    expected = network(x)
+    assert blocks
+    blocks.clear()
+    torch.testing.assert_close(converted(x), expected)
+    assert not blocks
 
 
 def test_a_scan_is_computed_again_by_the_backend_that_was_forced(monkeypatch: pytest.MonkeyPatch) -> None:
