@@ -6,16 +6,19 @@
 Each network computes with two threads in a process of its own, once with the package in BEFORE and once with this one:
 one patch prepared for prediction, and one training step (cross-entropy) of two patches. They take turns with nnU-Net's
 PlainConvUNet; all keep freed memory, as our trainers do. Memory is the growth of another process by a training step,
-with an allocator that gives back what is freed. Writes ``benchmarks/results/versions.csv``. Needs some ten minutes on a
-machine that does nothing else.
+with an allocator that gives back what is freed. What a step takes its time for is shown by a profile: convolutions and
+products of matrices run at the rate of torch's own libraries, so that no step can take less than they do. Writes
+``benchmarks/results/versions.csv``. Needs some 15 minutes on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,13 @@ NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name: registry name,
     "swin_umamba": ("swin_umamba", 2, {}),
     "swin_umamba_d": ("swin_umamba_d", 2, {}),
 }
-FORWARD, STEP = "forward", "training step"
+FORWARD, STEP, SHARES = "forward", "training step", "shares"
+PARTS = {  # of a step: what an operator's name begins with
+    "convolutions and products": ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::_slow_conv",
+                                  "aten::slow_conv", "aten::mm", "aten::addmm", "aten::bmm"),
+    "Mamba layers": ("nnunetv2_lightnets::mamba_layer",),
+    "scans": ("nnunetv2_lightnets::selective_scan", "GeneratedBackwardFor_nnunetv2_lightnets_selective_scan"),
+}  # fmt: skip
 
 
 def build(name: str, dims: int) -> Any:
@@ -69,7 +78,7 @@ def build(name: str, dims: int) -> Any:
     return create_network(registered, spatial_dims=dims, input_channels=1, num_classes=3, **keywords)
 
 
-def runs(name: str, dims: int) -> dict[str, Any]:
+def runs(name: str, dims: int) -> dict[str, Callable[[], None]]:
     """The two things that are measured, of a network."""
     import copy
 
@@ -95,7 +104,7 @@ def runs(name: str, dims: int) -> dict[str, Any]:
 
 
 def serve(name: str, dims: int) -> None:
-    """Run what each line of the input names; answer with its seconds."""
+    """Run what each line of the input names; answer with its seconds, or with the shares of a step's parts."""
     import torch
 
     from nnunetv2_lightnets.nnunet.malloc import reuse_freed_memory
@@ -105,9 +114,26 @@ def serve(name: str, dims: int) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         reuse_freed_memory()  # as our trainers do in every step
+        if line.strip() == SHARES:
+            print(json.dumps(shares(todo[STEP])), flush=True)
+            continue
         start = time.perf_counter()
         todo[line.strip()]()
         print(time.perf_counter() - start, flush=True)
+
+
+def shares(step: Callable[[], None]) -> dict[str, float]:
+    """The share of each of the PARTS in the time of a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    events = profiler.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    return {
+        part: sum(event.self_cpu_time_total for event in events if event.key.startswith(names)) / whole
+        for part, names in PARTS.items()
+    }
 
 
 def memory(name: str, dims: int) -> None:
@@ -142,12 +168,12 @@ def process(what: str, name: str, dims: int, before: Path | None, **environment:
     )
 
 
-def ask(server: subprocess.Popen[str], what: str) -> float:
-    """Seconds of one run."""
+def ask(server: subprocess.Popen[str], what: str) -> Any:
+    """Seconds of one run, or the shares of a step's parts."""
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(what + "\n")
     server.stdin.flush()
-    return float(server.stdout.readline())
+    return json.loads(server.stdout.readline())
 
 
 def measure(name: str, dims: int, before: Path, repeats: int) -> dict[str, Any]:
@@ -173,6 +199,8 @@ def measure(name: str, dims: int, before: Path, repeats: int) -> dict[str, Any]:
         for version in ("before", "after"):
             row[f"{version} {what}"] = short(median_ratio(seconds[version], seconds[BASELINE]))
         row[f"{BASELINE} {what} (s)"] = short(sorted(seconds[BASELINE])[repeats // 2])
+    for part, share in ask(servers["after"], SHARES).items():
+        row[f"after {STEP}, {part}"] = short(share * float(row[f"after {STEP}"]))
     for server in servers.values():
         server.communicate()
     return row | machine("threads", "processor", "torch") | {"threads": THREADS}
@@ -190,7 +218,7 @@ def tables() -> Tables:
         shown["memory of a step"] = f"{float(row['before MB']) / base:.2f} → {float(row['after MB']) / base:.2f}"
         for what in (STEP, FORWARD):
             shown[f"time of a {what}"] = f"{row[f'before {what}']} → {row[f'after {what}']}"
-        lines.append(shown)
+        lines.append(shown | {f"of a {STEP}: {part}": row[f"after {STEP}, {part}"] for part in PARTS})
     return {PAGE: [*table(lines[:MOST_ROWS]), "", link(PAGE, MEASURED, "All networks")]}
 
 
