@@ -1,8 +1,8 @@
 """CPU time and memory of every trainer's network beside nnU-Net's own, with ``nnUNetv2_lightnets benchmark``.
 
-    python benchmarks/trainers_cpu.py --folder WORK [--threads 2] [--seconds 3]
+    python benchmarks/trainers_cpu.py --folder WORK [--threads 2] [--seconds 3] [--patches 64×64×64 256×256 ...]
 
-Runs the command for one patch in 3D and one in 2D, each network in a process of its own, and goes on where it was when
+Runs the command for two patches in 3D and two in 2D, each network in a process of its own, and goes on where it was when
 started again. Writes ``benchmarks/results/trainers_cpu.csv``. Times on a shared machine differ from minute to minute:
 what can be compared are the ratios, and of those only the large ones. Every page that shows a trainer's time or memory
 on a CPU has them from :func:`cells`.
@@ -24,14 +24,9 @@ from recording import MACHINE, RESULTS, Record, Tables, argument_parser, link, r
 from nnunetv2_lightnets.costs.trainers import BASELINE
 
 MEASURED = RESULTS / "trainers_cpu.csv"
-PATCHES = {"3D": (64, 64, 64), "2D": (256, 256)}
-VOLUME, IMAGE = ("×".join(map(str, patch)) for patch in PATCHES.values())
+PATCHES = {"×".join(map(str, patch)): patch for patch in ((64,) * 3, (256,) * 2, (96,) * 3, (512,) * 2)}
+VOLUME, IMAGE, LARGE_VOLUME, LARGE_IMAGE = PATCHES
 CLASSES = 3
-# To be taken out when the file is measured anew.
-EARLIER = (
-    ". All this was measured before networks computed again, in the backward pass, what they now do not keep: training \
-steps take less memory today, see docs/memory.md"
-)
 TITLES = {  # of a column, by the recorded one
     "inference_s": "CPU time of a patch, {}",
     "training_s": "CPU time of a training step, {}",
@@ -39,7 +34,7 @@ TITLES = {  # of a column, by the recorded one
     "training_MB": "memory of a training step (MB), {}",
 }
 PAGES: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # trainers, patches
-    "docs/benchmark.md": (FAMILIES, (VOLUME, IMAGE)),
+    "docs/benchmark.md": (FAMILIES, (VOLUME, LARGE_VOLUME, IMAGE, LARGE_IMAGE)),
     "docs/lightm_unet.md": ((BASELINE, *LIGHT_M), (VOLUME, IMAGE)),
     "docs/swin_umamba.md": ((BASELINE, "nnUNetTrainerSwinUMamba", "nnUNetTrainerSwinUMambaD"), (IMAGE,)),
     "docs/ultralight_unet.md": ((BASELINE, "nnUNetTrainerULite", *ULTRA_LIGHT), (VOLUME, IMAGE)),
@@ -92,7 +87,7 @@ def machine_of(patch: str) -> str:
     """What the times of a patch were measured on."""
     row = measured()[BASELINE, patch]
     about = f"{row['processor']}, {row['threads']} threads, torch {row['torch']}"
-    return f"{about}; a training step has {row['batch']} patches{EARLIER}"
+    return f"{about}; a training step has {row['batch']} patches"
 
 
 def tables() -> Tables:
@@ -113,10 +108,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the benchmark's own reports go")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement's repetitions")
+    parser.add_argument("--patches", nargs="+", default=list(PATCHES), choices=list(PATCHES), help="these alone")
     args = parser.parse_args()
     record = Record(MEASURED, "patch", "trainer")
-    for name, patch in PATCHES.items():
-        record.put(*measure(patch, args.folder / name, args.threads, args.seconds))
+    for name in args.patches:
+        record.put(*measure(PATCHES[name], args.folder / name, args.threads, args.seconds))
 
 
 if __name__ == "__main__":
