@@ -304,6 +304,7 @@ def test_macs_are_those_of_the_papers_under_their_ways_of_counting(network: str,
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_on_a_cpu_is_15_times_as_fast_as_with_the_published_scan(name: str) -> None:
     if (reason := available_backends()["native"]) is not None:
