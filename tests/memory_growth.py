@@ -28,8 +28,8 @@ SIDE = 64
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {
     "lightm_unet": {"width": 16, "blocks_down": (1, 1, 1, 1)},
-    "swin_umamba": {"features": (16, 32, 48, 64, 96), "depths": (1, 1, 1, 1)},
-    "swin_umamba_d": {"features": (32, 48, 64, 96), "depths": (1, 1, 1, 1)},
+    "swin_umamba": {"features": (16, 32, 64, 128, 256), "depths": (1, 1, 1, 1)},
+    "swin_umamba_d": {"features": (32, 64, 128, 256), "depths": (1, 1, 1, 1)},
 }
 NARROW: dict[str, dict[str, Any]] = {  # what MONAI is asked for
     "SegResNet": {"init_filters": 16, "blocks_down": (1, 1, 1, 1)},
