@@ -24,7 +24,7 @@ from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch, make_trainer
 from nnunetv2_lightnets.trainers import find_trainer
 
-SIDE = 64
+SIDE = 48
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {
     "lightm_unet": {"width": 16, "blocks_down": (1, 1, 1, 1)},
@@ -67,22 +67,26 @@ def _setting() -> Setting:
     """Plans for a patch; those networks that take their features from there become small."""
     setting = patch_setting((SIDE, SIDE), 1, 3)
     architecture = setting.plans["configurations"][setting.configuration]["architecture"]["arch_kwargs"]
-    architecture["features_per_stage"] = [min(n, 64) for n in architecture["features_per_stage"]]
+    architecture["features_per_stage"] = [min(n, 32) for n in architecture["features_per_stage"]]
     return setting
 
 
-def training(name: str) -> Callable[[int], Any]:
-    """Training steps of this trainer with a small network, with four batches in turn."""
+def _small(name: str) -> type[Any]:
+    """The trainer with a small network."""
     published = monai_baselines._monai
     monai_baselines._monai = lambda network: (
         lambda *args, **settings: published(network)(*args, **(settings | NARROW[network]))
     )
     base = find_trainer(name)
     assert base is not None
-    small = type(name, (base,), {"network_kwargs": SMALL.get(base.network_name, base.network_kwargs)})
+    return type(name, (base,), {"network_kwargs": SMALL.get(base.network_name, base.network_kwargs)})
+
+
+def training(name: str) -> Callable[[int], Any]:
+    """Training steps with four batches in turn."""
     setting = _setting()
     with temporary_folders() as folder, contextlib.redirect_stdout(io.StringIO()):
-        trainer = make_trainer(small, setting, 2, folder, CPU)
+        trainer = make_trainer(_small(name), setting, 2, folder, CPU)
     batches = [make_batch(trainer, setting.patch, 2) for _ in range(4)]
     trainer.network.train()
     return lambda number: trainer.train_step(batches[number % 4])
@@ -90,10 +94,9 @@ def training(name: str) -> Callable[[int], Any]:
 
 def prediction(name: str) -> Callable[[int], Any]:
     """Predictions of four images in turn, by two folds, whose networks are prepared once and kept."""
-    setting, trainer = _setting(), find_trainer(name)
-    assert trainer is not None
+    setting = _setting()
     with contextlib.redirect_stdout(io.StringIO()):
-        predicting = predictor(trainer, Job(name, setting, 1, None, "cpu", 1, 0, False), CPU)
+        predicting = predictor(_small(name), Job(name, setting, 1, None, "cpu", 1, 0, False), CPU)
         predicting.list_of_parameters = [
             {key: value + fold for key, value in predicting.network.state_dict().items()} for fold in (0, 1e-3)
         ]
