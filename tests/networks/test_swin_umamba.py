@@ -42,6 +42,7 @@ class SwinTests(NetworkTests):
 class TestSwinUMamba(SwinTests):
     name = "swin_umamba"
     settings = SMALL["swin_umamba"]
+    slow = ("compiles 2D",)  # its blocks are those of the one below
     tiny = {"features": (4, 8, 16), "depths": (1, 1), "drop_path_rate": 0.0}  # two resolutions
     scales = (1, 1 / 2, 1 / 4, 1 / 8)
     scans = {2: 2}
