@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nnunet_server import Commands
 from safetensors.torch import load_file
 
 from nnunet_commands import ID, NNUNet, write_mni_blocks
+from wheels import build_wheel, fresh_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_COPIES = ROOT / "tests" / "golden"  # the small ones, kept in the repository
@@ -67,10 +69,30 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NNUNet:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """nnU-Net's commands without imports before each, for tests of more than that they start; folders of ``nnunet``."""
+    commands = Commands(tmp_path_factory.mktemp("nnU-Net folders"))  # a space in the path, as on many machines
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def nnunet(forked: Commands) -> NNUNet:
     """nnU-Net's folders with a small real data set, planned and preprocessed for 2d and 3d_fullres."""
     pytest.importorskip("nilearn")
-    nnunet = NNUNet(tmp_path_factory.mktemp("nnU-Net folders"))  # a space in the path, as on many machines
+    nnunet = NNUNet(forked.folder)
     write_mni_blocks(nnunet.raw)
-    nnunet.must("nnUNetv2_plan_and_preprocess", "-d", str(ID), "-c", "3d_fullres", "2d", "-np", "1")
+    forked.must("nnUNetv2_plan_and_preprocess", "-d", str(ID), "-c", "3d_fullres", "2d", "-np", "1")
     return nnunet
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this tree."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def fresh_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment with the wheel and nnU-Net."""
+    return fresh_environment(tmp_path_factory.mktemp("a fresh environment"), wheel)

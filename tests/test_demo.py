@@ -126,6 +126,7 @@ def _demo(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_interrupted_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a new folder"

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from nnunet_commands import DATASET, ID, NNUNet
-from wheels import fresh_environment
 
 TRAINER = "nnUNetTrainerLightMUNetT_2epochs_5iters"
 
@@ -49,15 +48,25 @@ def test_training_leaves_what_nnunet_leaves(trained: tuple[NNUNet, str]) -> None
     assert "could not be estimated" not in log
 
 
-def test_a_new_process_predicts_and_nnunet_evaluates(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
+def predict(nnunet: NNUNet, images: Path, configuration: str, out: Path) -> None:
+    model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER, "-device", "cpu", "-npp", "1", "-nps", "1")
+    nnunet.must("nnUNetv2_predict", "-i", str(images), "-o", str(out), *model)
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: tuple[NNUNet, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Predictions of the trained model, by a new process."""
     nnunet, configuration = trained
-    images, labels = (str(nnunet.raw / DATASET / sub) for sub in ("imagesTs", "labelsTs"))
-    out = tmp_path / "predictions"
-    model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER)
-    nnunet.must("nnUNetv2_predict", "-i", images, "-o", str(out), *model, "-device", "cpu", "-npp", "1", "-nps", "1")
-    files = ("-djfile", str(out / "dataset.json"), "-pfile", str(out / "plans.json"))
-    nnunet.must("nnUNetv2_evaluate_folder", labels, str(out), *files)
-    summary = json.loads((out / "summary.json").read_text())
+    out = tmp_path_factory.mktemp("predictions")
+    predict(nnunet, nnunet.raw / DATASET / "imagesTs", configuration, out)
+    return out
+
+
+def test_a_new_process_predicts_and_nnunet_evaluates(trained: tuple[NNUNet, str], predicted: Path) -> None:
+    nnunet, _ = trained
+    files = ("-djfile", str(predicted / "dataset.json"), "-pfile", str(predicted / "plans.json"))
+    nnunet.must("nnUNetv2_evaluate_folder", str(nnunet.raw / DATASET / "labelsTs"), str(predicted), *files)
+    summary = json.loads((predicted / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
     assert 0 <= summary["foreground_mean"]["Dice"] <= 1
 
@@ -83,20 +92,19 @@ def test_a_killed_training_goes_on(trained: tuple[NNUNet, str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_travels_as_a_zip_into_a_fresh_environment(trained: tuple[NNUNet, str], tmp_path: Path) -> None:
+def test_a_model_travels_as_a_zip_into_a_fresh_environment(
+    trained: tuple[NNUNet, str], predicted: Path, fresh_python: Path, tmp_path: Path
+) -> None:
     nnunet, configuration = trained
     model = ("-d", str(ID), "-c", configuration, "-f", "0", "-tr", TRAINER)
     archive = tmp_path / "model.zip"
     nnunet.must("nnUNetv2_export_model_to_zip", *model, "-o", str(archive))
-    other = NNUNet(tmp_path / "elsewhere", fresh_environment(tmp_path))
+    other = NNUNet(tmp_path / "elsewhere", fresh_python)
     other.must("nnUNetv2_install_pretrained_model_from_zip", str(archive))
-    images = str(nnunet.raw / DATASET / "imagesTs")
-    for place, out in ((nnunet, tmp_path / "here"), (other, tmp_path / "there")):
-        predict = ("-i", images, "-o", str(out), *model, "-device", "cpu", "-npp", "1", "-nps", "1")
-        place.must("nnUNetv2_predict", *predict)
-    predicted = sorted((tmp_path / "here").glob("*.nii.gz"))
-    assert len(predicted) == 2
-    for here in predicted:
+    predict(other, nnunet.raw / DATASET / "imagesTs", configuration, tmp_path / "there")
+    found = sorted(predicted.glob("*.nii.gz"))
+    assert len(found) == 2
+    for here in found:
         assert here.read_bytes() == (tmp_path / "there" / here.name).read_bytes()
 
 

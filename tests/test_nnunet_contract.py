@@ -75,6 +75,7 @@ def test_all_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_other_releases(tmp_path: Path) -> None:
     """This file, against every wheel of nnU-Net in the folder that LIGHTNETS_NNUNET_WHEELS names."""
     wheels = sorted(Path(WHEELS).glob("nnunetv2-*.whl")) if WHEELS else []

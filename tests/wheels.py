@@ -31,19 +31,19 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     return wheel
 
 
-def fresh_environment(folder: Path) -> Path:
-    """The Python of a new environment in ``folder`` with the wheel of this tree, and nnU-Net with its commands.
+def fresh_environment(folder: Path, wheel: Path) -> Path:
+    """The Python of a new environment in ``folder`` with this wheel, and nnU-Net with its commands.
 
     Torch and the other libraries are borrowed from the environment that runs the tests: their folder is on the path,
     but its start-up files, and with them the editable install of this tree, are not read.
     """
-    wheel = build_wheel(folder)
-    venv.create(folder / "venv", with_pip=True)
+    venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     nnunet = f"nnunetv2=={version('nnunetv2')}"
-    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed", wheel, nnunet]
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    command += ["--no-deps", "--ignore-installed", wheel, nnunet]
     subprocess.run(command, check=True, env=clean_environment())
     return python
 

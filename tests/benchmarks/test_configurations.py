@@ -97,6 +97,7 @@ def test_scribbles_keep_a_few_slices_along_each_axis() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("trainer", matrix.TRAINERS)
 def test_every_cell_runs_or_is_refused(trainer: str, tmp_path: Path) -> None:

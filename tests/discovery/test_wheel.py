@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_lightnets.nnunet.trainer_names import TRAINERS
-from wheels import clean_environment, fresh_environment
+from wheels import clean_environment
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +32,6 @@ if __name__ == "__main__":
 NAMES = [*TRAINERS, "nnUNetTrainerLightMUNetT_2epochs_10iters"]
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh environment into which the wheel is installed."""
-    return fresh_environment(tmp_path_factory.mktemp("wheel in a fresh environment"))
-
-
 def run(python: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [python, *arguments]
     return subprocess.run(
@@ -46,21 +40,21 @@ def run(python: Path, *arguments: str, cwd: Path, **environment: str) -> subproc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="environments are laid out differently there")
-def test_nnunet_finds_every_trainer_of_the_wheel(fresh: Path, tmp_path: Path) -> None:
+def test_nnunet_finds_every_trainer_of_the_wheel(fresh_python: Path, tmp_path: Path) -> None:
     script = tmp_path / "look.py"
     script.write_text(LOOK.format(names=json.dumps(NAMES)))
-    done = run(fresh, str(script), cwd=tmp_path)
+    done = run(fresh_python, str(script), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    site = fresh.parent.parent / "lib"
+    site = fresh_python.parent.parent / "lib"
     for who in ("here", "spawned"):
         assert set(found[who]) == set(NAMES)
         for name, (module, file) in found[who].items():
             assert Path(file).is_relative_to(site), (who, name, module, file)
 
 
-def test_the_wheel_holds_what_the_commands_need(fresh: Path, tmp_path: Path) -> None:
-    command = fresh.parent / "nnUNetv2_lightnets"
+def test_the_wheel_holds_what_the_commands_need(fresh_python: Path, tmp_path: Path) -> None:
+    command = fresh_python.parent / "nnUNetv2_lightnets"
     for arguments in (["doctor"], ["networks", "--help"], ["benchmark", "--help"], ["plan", "--help"]):
         done = subprocess.run(
             [command, *arguments], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=False
@@ -72,13 +66,13 @@ def test_the_wheel_holds_what_the_commands_need(fresh: Path, tmp_path: Path) -> 
         "print(p.joinpath('py.typed').is_file(), p.joinpath('costs/claims.json').is_file(),"
         " any(f(plans).joinpath('reference').iterdir()), any(p.joinpath('costs/templates').iterdir()))"
     )
-    assert run(fresh, "-c", data, cwd=tmp_path).stdout.split() == ["True"] * 4
+    assert run(fresh_python, "-c", data, cwd=tmp_path).stdout.split() == ["True"] * 4
 
 
-def test_switched_off_the_wheel_is_silent(fresh: Path, tmp_path: Path) -> None:
+def test_switched_off_the_wheel_is_silent(fresh_python: Path, tmp_path: Path) -> None:
     code = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f;"
         "f('nnUNetTrainerLightMUNet')"
     )
-    done = run(fresh, "-c", code, cwd=tmp_path, NNUNET_LIGHTNETS_DISABLE="1")
+    done = run(fresh_python, "-c", code, cwd=tmp_path, NNUNET_LIGHTNETS_DISABLE="1")
     assert done.returncode != 0 and "Could not find requested nnunet trainer nnUNetTrainerLightMUNet" in done.stderr

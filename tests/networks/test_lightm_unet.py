@@ -404,6 +404,7 @@ def test_group_norm_keeps_its_digits_on_long_sequences(offset):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_width_32_is_30_times_as_fast_as_with_the_published_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 48^3, a full forward, the same outputs. With the published scan it takes about a minute."""
     if (reason := available_backends()["native"]) is not None:

@@ -42,6 +42,7 @@ class SwinTests(NetworkTests):
 class TestSwinUMamba(SwinTests):
     name = "swin_umamba"
     settings = SMALL["swin_umamba"]
+    slow = ("compiles 2D",)  # its blocks are those of the one below
     tiny = {"features": (4, 8, 16), "depths": (1, 1), "drop_path_rate": 0.0}  # two resolutions
     scales = (1, 1 / 2, 1 / 4, 1 / 8)
     scans = {2: 2}
@@ -304,6 +305,7 @@ def test_macs_are_those_of_the_papers_under_their_ways_of_counting(network: str,
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_on_a_cpu_is_15_times_as_fast_as_with_the_published_scan(name: str) -> None:
     if (reason := available_backends()["native"]) is not None:

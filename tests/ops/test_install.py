@@ -63,7 +63,6 @@ def test_a_compiler_without_avx_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="wheels of other systems have other names")
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
-def test_with_a_compiler(tmp_path: Path) -> None:
-    wheel = build_wheel(tmp_path)
+def test_with_a_compiler(wheel: Path, tmp_path: Path) -> None:
     assert "-py3-none-linux_" in wheel.name
     assert _native(wheel, tmp_path / "unpacked") == "None"

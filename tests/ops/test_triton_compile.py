@@ -67,6 +67,7 @@ def test_one_compilation_serves_all_stages_of_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", CASES)
 def test_scans_compile_for_every_gpu(tmp_path: Path, kind: str, dtype: str) -> None:
@@ -74,6 +75,7 @@ def test_scans_compile_for_every_gpu(tmp_path: Path, kind: str, dtype: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("candidate", [1, 2])
 @pytest.mark.parametrize("kind", CASES)
 def test_all_tiles_compile(tmp_path: Path, kind: str, candidate: int) -> None:

@@ -138,6 +138,7 @@ def test_no_registers_are_spilled(compiler: TritonProcess) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize(
     ("capabilities", "dtype", "layout", "channels"),
     [

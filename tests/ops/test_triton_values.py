@@ -83,6 +83,7 @@ def test_plain_scan(interpreter: TritonProcess, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("case", MORE, ids=_name)
 def test_plain_scan_larger(interpreter: TritonProcess, case: dict[str, Any]) -> None:
     _check(interpreter("scan_errors", kind="plain", **case), case.get("dtype", "float64"))
@@ -108,6 +109,7 @@ def test_directional_scan(interpreter: TritonProcess, case: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize(
     "case",
     [

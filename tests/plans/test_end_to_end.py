@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from nnunet_server import Commands
 
 from nnunet_commands import DATASET, ID, NNUNet
 
@@ -13,18 +14,18 @@ OURS, STOCK = "nnUNetTrainerUltraLightUNetT_1epochs_2iters", "nnUNetTrainer_1epo
 
 
 @pytest.mark.slow
-def test_plan_train_predict(nnunet: NNUNet) -> None:
+def test_plan_train_predict(nnunet: NNUNet, forked: Commands) -> None:
     said = nnunet.must("nnUNetv2_lightnets", "plan", "-d", str(ID), "-tr", OURS, "-c", "3d_fullres").stdout
     assert "Do not preprocess again" in said
     written = json.loads((nnunet.preprocessed / DATASET / f"{PLANS}.json").read_text())
     assert written["plans_name"] == PLANS
     for trainer in (STOCK, OURS):
         arguments = (str(ID), "3d_fullres", "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
-        nnunet.must("nnUNetv2_train", *arguments)
+        forked.must("nnUNetv2_train", *arguments)
         results = nnunet.results / DATASET / f"{trainer}__{PLANS}__3d_fullres" / "fold_0"
         assert (results / "validation" / "summary.json").exists()
         predicted = nnunet.folder / trainer
-        nnunet.must(
+        forked.must(
             "nnUNetv2_predict",
             *("-i", str(nnunet.raw / DATASET / "imagesTs"), "-o", str(predicted), "-d", str(ID), "-c", "3d_fullres"),
             *("-f", "0", "-tr", trainer, "-p", PLANS, "-device", "cpu", "-npp", "1", "-nps", "1"),
@@ -33,7 +34,7 @@ def test_plan_train_predict(nnunet: NNUNet) -> None:
     # Weights of one trainer go into the other: the network is the same.
     checkpoint = nnunet.results / DATASET / f"{OURS}__{PLANS}__3d_fullres" / "fold_0" / "checkpoint_final.pth"
     arguments = (str(ID), "3d_fullres", "1", "-tr", STOCK, "-p", PLANS, "-device", "cpu")
-    nnunet.must("nnUNetv2_train", *arguments, "-pretrained_weights", str(checkpoint))
+    forked.must("nnUNetv2_train", *arguments, "-pretrained_weights", str(checkpoint))
 
 
 @pytest.mark.slow

@@ -92,8 +92,15 @@ def test_strides_are_the_plans(name: str, make_trainer: Callable[..., Any]) -> N
     assert trainer.network.total_stride == (4, 8, 4)  # where the plan pools three times, the last two do not
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS)
-@pytest.mark.parametrize("name", ["nnUNetTrainerULite", "nnUNetTrainerUltraLightUNetT"])
+@pytest.mark.parametrize(
+    ("name", "configuration"),
+    [
+        ("nnUNetTrainerULite", "2d"),
+        ("nnUNetTrainerUltraLightUNetT", "3d_fullres"),
+        pytest.param("nnUNetTrainerULite", "3d_fullres", marks=pytest.mark.slow),
+        pytest.param("nnUNetTrainerUltraLightUNetT", "2d", marks=pytest.mark.slow),
+    ],
+)
 def test_training_lowers_the_loss_and_prediction_is_of_the_trained_network(
     name: str, configuration: str, make_trainer: Callable[..., Any]
 ) -> None:
