@@ -5,6 +5,7 @@ Depthwise convolutions are torch's own in value; on a CPU they are computed in o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -104,18 +105,94 @@ class AxialDepthwiseConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, D, H, W) -> the same shape."""
-        size = max(self.kernel_size)
-        axis = self.kernel_size.index(size)
+        axis = self.kernel_size.index(max(self.kernel_size))
         if not on_cpu(x) or (axis == 2 and not torch.is_grad_enabled()):
             return super().forward(x)
-        volume = x.movedim(1, -1)  # (B, D, H, W, C)
-        before = volume.shape[: axis + 1].numel()
-        images = volume.reshape(before, x.shape[axis + 2], -1, x.shape[1]).movedim(-1, 1)
-        weight = self.weight.reshape(len(self.weight), 1, size, 1)
-        dilation = self.dilation[axis]
-        padding = dilation * (size // 2)
-        y = F.conv2d(images, weight, self.bias, padding=(padding, 0), dilation=(dilation, 1), groups=self.groups)
-        return y.movedim(1, -1).reshape(volume.shape).movedim(-1, 1)
+        y = F.conv2d(_images(x, axis), _column(self.weight), self.bias, **_along(self))
+        return y.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def _images(x: Tensor, axis: int) -> Tensor:
+    """``x`` (B, C, *spatial) as images (N, C, side along the axis, voxels behind it), a view if its channels are last."""
+    rows = x.movedim(1, -1)  # (B, *spatial, C)
+    return rows.reshape(rows.shape[: axis + 1].numel(), x.shape[axis + 2], -1, x.shape[1]).movedim(-1, 1)
+
+
+def _column(weight: Tensor) -> Tensor:
+    return weight.reshape(len(weight), 1, -1, 1)
+
+
+def _along(convolution: Convolution) -> dict[str, Any]:
+    """Settings of a convolution of those images with that column."""
+    dilation, size = max(convolution.dilation), max(convolution.kernel_size)
+    return {"padding": (dilation * (size // 2), 0), "dilation": (dilation, 1), "groups": convolution.groups}
+
+
+def sum_of_axes(x: Tensor, axes: Sequence[Any], unread: bool = False) -> Tensor:
+    """``x`` (B, C, *spatial) plus ``axes`` of it: for each axis, in order, a depthwise convolution along it.
+
+    With ``unread`` it is the last step of a block that is computed again, whose result nobody reads: what the backward
+    pass needs is kept, and the numbers of the result mean nothing.
+    """
+    plain = not on_cpu(x) or torch.compiler.is_compiling() or is_recorded() or torch.is_autocast_enabled("cpu")
+    if plain or not torch.is_grad_enabled():
+        first, *others = axes
+        out: Tensor = x + first(x)
+        for convolution in others:
+            out += convolution(x)
+        return out
+    settings, kernels = [_along(axis) for axis in axes], [axis.weight for axis in axes]
+    offset = functools.reduce(torch.add, [axis.bias for axis in axes])
+    return cast(Tensor, _SumOfAxes.apply(x, offset, settings, unread, *kernels))
+
+
+class _SumOfAxes(torch.autograd.Function):
+    """Sum of an image or volume on a CPU and its convolutions along the axes, which writes it once for each axis."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, offset: Tensor, settings: list[dict[str, Any]], unread: bool, *kernels: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, *kernels)
+        ctx.settings = settings
+        if unread:
+            return x.new_zeros(()).expand(x.shape)
+        out: Tensor | None = None
+        for axis, (column, setting) in enumerate(zip(_columns(kernels), settings, strict=True)):
+            y = F.conv2d(_images(x, axis), column, None if axis else offset, **setting)
+            y = y.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
+            out = y if out is None else out.add_(y)
+        assert out is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, *kernels = ctx.saved_tensors
+        grad = gradients[0].contiguous(memory_format=CHANNELS_LAST[x.ndim])
+        grad_x: Tensor | None = None
+        grad_offset, grads = None, []
+        for axis, (column, setting) in enumerate(zip(_columns(kernels), ctx.settings, strict=True)):
+            images = _images(grad, axis), _images(x, axis)
+            wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4 + axis], axis == 0 and ctx.needs_input_grad[1]
+            dx, dcolumn, doffset = torch.ops.aten.convolution_backward(
+                *images, column, [len(column)], [1, 1], *(setting[key] for key in ("padding", "dilation")),
+                False, [0, 0], setting["groups"], wanted,
+            )  # fmt: skip
+            grads.append(None if dcolumn is None else dcolumn.reshape(kernels[axis].shape))
+            if axis == 0:
+                grad_offset = doffset
+            if dx is not None:
+                dx = dx.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
+                grad_x = dx if grad_x is None else grad_x.add_(dx)
+        return grad_x, grad_offset, None, None, *grads
+
+
+def _columns(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """The kernels (C, 1, size, 1); the first one adds the voxel itself, too."""
+    columns = [_column(kernel) for kernel in kernels]
+    columns[0] = columns[0].clone()
+    columns[0][:, :, columns[0].shape[2] // 2] += 1
+    return columns
 
 
 def depthwise_convolution(x: Tensor, convolution: Convolution) -> Tensor:

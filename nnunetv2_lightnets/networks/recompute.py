@@ -31,7 +31,7 @@ def recomputed(block: Callable[..., _Result], *inputs: Any) -> _Result:
         return block(*inputs)
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if not torch.compiler.is_compiling():  # a compiler repeats no step that changes running statistics
-        moments, backend = Moments(), forced_backend()
+        moments, backend = Moments(block), forced_backend()
         settings["context_fn"] = lambda: (_Computing(moments), _Computing(moments, again=True, backend=backend))
     return checkpoint(block, *inputs, **settings)
 
@@ -53,12 +53,14 @@ def _is_synchronized(block: Callable[..., Any]) -> bool:
 class Moments:
     """Mean and reciprocal standard deviation of each batch norm of a block, in order: noted first, then read."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: Callable[..., Any]) -> None:
+        self.block, self.again = block, False
         self._noted: list[tuple[Tensor, Tensor]] = []
         self._read: Iterator[tuple[Tensor, Tensor]] | None = None
 
     def start(self, again: bool) -> None:
         """Before the block is computed, the first time or again."""
+        self.again = again
         self._read = iter(self._noted) if again else None
 
     def batch_norm(self, x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
@@ -81,6 +83,12 @@ _moments: ContextVar[Moments | None] = ContextVar("moments", default=None)
 def moments_of_block() -> Moments | None:
     """Those of the block that is computed, if it will be computed again; a compiler has ways of its own."""
     return None if torch.compiler.is_compiling() else _moments.get()
+
+
+def is_computed_again(block: Callable[..., Any]) -> bool:
+    """Whether ``block`` is computed for the backward pass by itself: nobody reads the result of its last step."""
+    moments = moments_of_block()
+    return moments is not None and moments.again and moments.block == block
 
 
 class _Computing:

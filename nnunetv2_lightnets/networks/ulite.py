@@ -12,8 +12,8 @@ would cost more than half of the whole network.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,16 @@ from nnunetv2_lightnets.networks.layers import (
     checked_strides,
     max_pool,
     pointwise_convolution,
+    sum_of_axes,
     upsample_nearest,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
-from nnunetv2_lightnets.networks.recompute import recomputed
+from nnunetv2_lightnets.networks.recompute import is_computed_again, recomputed
 from nnunetv2_lightnets.networks.registry import register_network
 
 DILATIONS = (1, 2, 3)  # of the bottleneck's axial convolutions, whose kernel is 3 (paper, section II-C)
 DEFAULT_STEM = {2: 7, 3: 3}  # 7 as published
+Activation: TypeAlias = Callable[[Tensor], Tensor]
 WIDEST_MERGED_ON_CPU = 3  # axial kernels that are one convolution in prediction, see AxialDepthwise.prepared
 
 
@@ -56,13 +58,9 @@ class AxialDepthwise(nn.Module):
                 convolution(channels, channels, kernel, padding=padding, dilation=dilation, groups=channels)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, C, *spatial) -> the same shape."""
-        first, *others = self.axes
-        out: Tensor = x + first(x)
-        for convolution in others:
-            out += convolution(x)
-        return out
+    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
+        """``x`` (B, C, *spatial) -> the same shape; ``unread`` as in :func:`sum_of_axes`."""
+        return sum_of_axes(x, list(self.axes), unread)
 
     def prepared(self, norm: nn.Module | None = None) -> nn.Module:
         """The same for prediction, and batch norm ``norm`` after it.
@@ -133,11 +131,11 @@ class EncoderStage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, *spatial) -> (B, C', *spatial / stride), and the skip connection (B, C, *spatial)."""
-        return recomputed(self._forward, x)
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skip = self.norm(self.axial(x))
-        return F.gelu(max_pool(self.pointwise(skip), self.stride)), skip
+        # The largest voxel stays the largest with an offset, which few voxels get so.
+        pooled = max_pool(pointwise_convolution(skip, self.pointwise.weight), self.stride)
+        assert self.pointwise.bias is not None
+        return F.gelu(pooled + self.pointwise.bias.view(-1, *[1] * (x.ndim - 2))), skip
 
     def prepare_for_inference_(self) -> None:
         """The norm becomes part of the axial convolution."""
@@ -175,7 +173,10 @@ class Bottleneck(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """Nearest upsampling and the skip connection; then pointwise, norm, axial and pointwise convolution, and GELU."""
+    """Nearest upsampling and the skip connection; then pointwise, norm, axial and pointwise convolution, and GELU.
+
+    In two parts: between them is what is kept for the backward pass, so that no axial convolution is computed again.
+    """
 
     def __init__(
         self, channels: int, out_channels: int, kernel_size: int, spatial_dims: int, stride: Sequence[int]
@@ -187,18 +188,20 @@ class DecoderStage(nn.Module):
         self.axial = AxialDepthwise(out_channels, kernel_size, spatial_dims)
         self.pointwise = POINTWISE[spatial_dims](out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """``x`` (B, C, *spatial), ``skip`` (B, C', *spatial * stride) -> the skip connection's shape."""
-        return recomputed(self._forward, x, skip)
-
-    def _forward(self, x: Tensor, skip: Tensor) -> Tensor:
+    def mixed(self, before: Activation, x: Tensor, skip: Tensor) -> Tensor:
+        """``x`` = ``before`` of the argument (B, C, *spatial) and ``skip`` -> what :meth:`activated` takes."""
+        x = before(x)
         if self.training:
             weight, deep = self.reduce.weight, x.shape[1]  # as in PreparedDecoderStage
-            reduced = pointwise_convolution(skip, weight[:, deep:], self.reduce.bias)
-            reduced += upsample_nearest(pointwise_convolution(x, weight[:, :deep]), self.stride)
+            reduced = pointwise_convolution(skip, weight[:, deep:])
+            reduced += upsample_nearest(pointwise_convolution(x, weight[:, :deep], self.reduce.bias), self.stride)
         else:
             reduced = self.reduce(torch.cat([upsample_nearest(x, self.stride), skip], dim=1))
-        return F.gelu(self.pointwise(self.axial(self.norm(reduced))))
+        return cast(Tensor, self.axial(self.norm(reduced), unread=is_computed_again(self.mixed)))
+
+    def activated(self, mixed: Tensor) -> Tensor:
+        """The other steps; the result has the skip connection's shape."""
+        return F.gelu(self.pointwise(mixed))
 
     def prepared(self) -> PreparedDecoderStage:
         """The same for prediction."""
@@ -224,11 +227,15 @@ class PreparedDecoderStage(nn.Module):
         self.axial = axial
         self.pointwise = pointwise
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """``x`` (B, C, *spatial), ``skip`` (B, C', *spatial * stride) -> the skip connection's shape."""
+    def mixed(self, before: Activation, x: Tensor, skip: Tensor) -> Tensor:
+        """As of :class:`DecoderStage`."""
         reduced = self.reduce_skip(skip)
-        reduced += upsample_nearest(self.reduce_deep(x), self.stride)
-        return F.gelu(self.pointwise(self.axial(reduced)))
+        reduced += upsample_nearest(self.reduce_deep(before(x)), self.stride)
+        return cast(Tensor, self.axial(reduced))
+
+    def activated(self, mixed: Tensor) -> Tensor:
+        """As of :class:`DecoderStage`."""
+        return F.gelu(self.pointwise(mixed))
 
 
 class Decoder(nn.Module):
@@ -255,9 +262,14 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """``x`` from the bottleneck and the skip connections from fine to coarse -> logits (B, classes, *spatial)."""
+        before: Activation = nn.Identity()
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
-            x = stage(x, skip)
-        logits: Tensor = self.seg_layers[0](x)
+            assert isinstance(stage, DecoderStage | PreparedDecoderStage)
+            x, before = recomputed(stage.mixed, before, x, skip), stage.activated
+        return recomputed(self._head, before, x)
+
+    def _head(self, before: Activation, x: Tensor) -> Tensor:
+        logits: Tensor = self.seg_layers[0](before(x))
         return logits
 
 
