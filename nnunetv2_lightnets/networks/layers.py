@@ -99,33 +99,61 @@ class AxialDepthwiseConv(nn.Conv3d):
     """Depthwise convolution of a volume along one axis; its kernel is 1 along the other two.
 
     On a CPU the volume, channels last, is taken for a stack of images, without a copy. Torch's depthwise convolution of
-    volumes takes 5 to 40 times longer, mostly in the backward pass (measured: benchmarks/light_cnns_cpu.py). Without
-    a backward pass, and along the last axis, it is the faster one.
+    volumes takes 5 to 40 times longer, mostly in the backward pass (measured: benchmarks/light_cnns_cpu.py).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, C, D, H, W) -> the same shape."""
         axis = self.kernel_size.index(max(self.kernel_size))
-        if not on_cpu(x) or (axis == 2 and not torch.is_grad_enabled()):
-            return super().forward(x)
-        y = F.conv2d(_images(x, axis), _column(self.weight), self.bias, **_along(self))
+        return _Axis(axis, self).convolve(x, self.weight, self.bias) if on_cpu(x) else super().forward(x)
+
+
+class _Axis:
+    """A depthwise convolution of (B, C, *spatial) along one axis, as one of images that are views if channels are last.
+
+    Along the last axis they are rows, not columns: torch needs a sixth of the time, but for the kernel's gradient.
+    """
+
+    def __init__(self, axis: int, convolution: Convolution) -> None:
+        self.axis, self.rows = axis, axis == convolution.weight.ndim - 3
+        self.size, self.step = max(convolution.kernel_size), max(convolution.dilation)
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of ``x`` with ``kernel``, of any shape."""
+        padding, dilation = self._settings(self.rows)
+        weight = self._kernel(kernel, self.rows)
+        y = F.conv2d(self._images(x, self.rows), weight, bias, 1, padding, dilation, groups=len(weight))
         return y.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
 
+    def input_gradient(self, grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+        """That of ``x``."""
+        dx = self._backward(grad, x, kernel, self.rows, [True, False, False])[0]
+        return dx.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
 
-def _images(x: Tensor, axis: int) -> Tensor:
-    """``x`` (B, C, *spatial) as images (N, C, side along the axis, voxels behind it), a view if its channels are last."""
-    rows = x.movedim(1, -1)  # (B, *spatial, C)
-    return rows.reshape(rows.shape[: axis + 1].numel(), x.shape[axis + 2], -1, x.shape[1]).movedim(-1, 1)
+    def parameter_gradients(self, grad: Tensor, x: Tensor, kernel: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Those of the kernel and, if asked for, of the bias."""
+        _, dkernel, dbias = self._backward(grad, x, kernel, False, [False, True, bias])
+        return dkernel.reshape(kernel.shape), dbias
 
+    def _backward(self, grad: Tensor, x: Tensor, kernel: Tensor, rows: bool, wanted: list[bool]) -> Any:
+        (padding, dilation), weight = self._settings(rows), self._kernel(kernel, rows)
+        images, channels = (self._images(grad, rows), self._images(x, rows)), len(weight)
+        backward = torch.ops.aten.convolution_backward
+        return backward(*images, weight, [channels], [1, 1], padding, dilation, False, [0, 0], channels, wanted)
 
-def _column(weight: Tensor) -> Tensor:
-    return weight.reshape(len(weight), 1, -1, 1)
+    def _images(self, x: Tensor, rows: bool) -> Tensor:
+        """(N, C, side along the axis, voxels behind it), or (N, C, 1, side)."""
+        last = x.movedim(1, -1)  # (B, *spatial, C)
+        side, before = last.shape[self.axis + 1], last.shape[: self.axis + 1].numel()
+        return last.reshape(before, *((1, side) if rows else (side, -1)), x.shape[1]).movedim(-1, 1)
 
+    def _kernel(self, kernel: Tensor, rows: bool) -> Tensor:
+        return kernel.reshape(len(kernel), 1, *((1, self.size) if rows else (self.size, 1)))
 
-def _along(convolution: Convolution) -> dict[str, Any]:
-    """Settings of a convolution of those images with that column."""
-    dilation, size = max(convolution.dilation), max(convolution.kernel_size)
-    return {"padding": (dilation * (size // 2), 0), "dilation": (dilation, 1), "groups": convolution.groups}
+    def _settings(self, rows: bool) -> tuple[list[int], list[int]]:
+        """Padding and dilation."""
+        padding = self.step * (self.size // 2)
+        return ([0, padding], [1, self.step]) if rows else ([padding, 0], [self.step, 1])
 
 
 def sum_of_axes(x: Tensor, axes: Sequence[Any], unread: bool = False) -> Tensor:
@@ -141,58 +169,52 @@ def sum_of_axes(x: Tensor, axes: Sequence[Any], unread: bool = False) -> Tensor:
         for convolution in others:
             out += convolution(x)
         return out
-    settings, kernels = [_along(axis) for axis in axes], [axis.weight for axis in axes]
     offset = functools.reduce(torch.add, [axis.bias for axis in axes])
-    return cast(Tensor, _SumOfAxes.apply(x, offset, settings, unread, *kernels))
+    ways = list(itertools.starmap(_Axis, enumerate(axes)))
+    return cast(Tensor, _SumOfAxes.apply(x, offset, ways, unread, *(axis.weight for axis in axes)))
 
 
 class _SumOfAxes(torch.autograd.Function):
     """Sum of an image or volume on a CPU and its convolutions along the axes, which writes it once for each axis."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, offset: Tensor, settings: list[dict[str, Any]], unread: bool, *kernels: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offset: Tensor, axes: list[_Axis], unread: bool, *kernels: Tensor) -> Tensor:
         ctx.save_for_backward(x, *kernels)
-        ctx.settings = settings
+        ctx.axes = axes
         if unread:
             return x.new_zeros(()).expand(x.shape)
-        out: Tensor | None = None
-        for axis, (column, setting) in enumerate(zip(_columns(kernels), settings, strict=True)):
-            y = F.conv2d(_images(x, axis), column, None if axis else offset, **setting)
-            y = y.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-            out = y if out is None else out.add_(y)
-        assert out is not None
+        first, *others = zip(axes, _with_voxel(kernels), strict=True)
+        out = first[0].convolve(x, first[1], offset)
+        for axis, kernel in others:
+            out += axis.convolve(x, kernel, None)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, *kernels = ctx.saved_tensors
+        wants_x, wants_offset, _, _, *wants_kernels = ctx.needs_input_grad
         grad = gradients[0].contiguous(memory_format=CHANNELS_LAST[x.ndim])
-        grad_x: Tensor | None = None
-        grad_offset, grads = None, []
-        for axis, (column, setting) in enumerate(zip(_columns(kernels), ctx.settings, strict=True)):
-            images = _images(grad, axis), _images(x, axis)
-            wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[4 + axis], axis == 0 and ctx.needs_input_grad[1]
-            dx, dcolumn, doffset = torch.ops.aten.convolution_backward(
-                *images, column, [len(column)], [1, 1], *(setting[key] for key in ("padding", "dilation")),
-                False, [0, 0], setting["groups"], wanted,
-            )  # fmt: skip
-            grads.append(None if dcolumn is None else dcolumn.reshape(kernels[axis].shape))
-            if axis == 0:
-                grad_offset = doffset
-            if dx is not None:
-                dx = dx.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
+        grad_x = grad_offset = None
+        grads: list[Tensor | None] = []
+        for axis, kernel, wanted in zip(ctx.axes, _with_voxel(kernels), wants_kernels, strict=True):
+            grads.append(None)
+            if wanted:
+                bias = wants_offset and grad_offset is None
+                grads[-1], found = axis.parameter_gradients(grad, x, kernel, bias)
+                grad_offset = found if bias else grad_offset
+            if wants_x:
+                dx = axis.input_gradient(grad, x, kernel)
                 grad_x = dx if grad_x is None else grad_x.add_(dx)
+        if wants_offset and grad_offset is None:
+            grad_offset = grad.sum([0, *range(2, grad.ndim)])
         return grad_x, grad_offset, None, None, *grads
 
 
-def _columns(kernels: Sequence[Tensor]) -> list[Tensor]:
-    """The kernels (C, 1, size, 1); the first one adds the voxel itself, too."""
-    columns = [_column(kernel) for kernel in kernels]
-    columns[0] = columns[0].clone()
-    columns[0][:, :, columns[0].shape[2] // 2] += 1
-    return columns
+def _with_voxel(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """The kernels, of which the first one adds the voxel itself, too."""
+    first = kernels[0].clone()
+    first.flatten(1)[:, first[0].numel() // 2] += 1
+    return [first, *kernels[1:]]
 
 
 def depthwise_convolution(x: Tensor, convolution: Convolution) -> Tensor:

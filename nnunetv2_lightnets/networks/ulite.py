@@ -120,7 +120,7 @@ class SumOfConvolutions(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """Axial convolution and norm, which are the skip connection; then a pointwise convolution, pooling and GELU."""
+    """Axial convolution and norm, which are the skip connection; then a pointwise convolution and pooling."""
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int, spatial_dims: int, stride: Sequence[int]):
         super().__init__()
@@ -129,13 +129,20 @@ class EncoderStage(nn.Module):
         self.norm: nn.Module = BatchNorm(channels)
         self.pointwise = POINTWISE[spatial_dims](channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (B, C, *spatial) -> (B, C', *spatial / stride), and the skip connection (B, C, *spatial)."""
-        skip = self.norm(self.axial(x))
+    def forward(self, before: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``before`` of ``x`` (B, C, *spatial) -> (B, C', *spatial / stride), and the skip connection like ``x``."""
+        skip: Tensor = self.norm(recomputed(self.mixed, before, x))
         # The largest voxel stays the largest with an offset, which few voxels get so.
         pooled = max_pool(pointwise_convolution(skip, self.pointwise.weight), self.stride)
         assert self.pointwise.bias is not None
-        return F.gelu(pooled + self.pointwise.bias.view(-1, *[1] * (x.ndim - 2))), skip
+        return pooled + self.pointwise.bias.view(-1, *[1] * (x.ndim - 2)), skip
+
+    def mixed(self, before: Activation, x: Tensor) -> Tensor:
+        """The first step."""
+        return cast(Tensor, self.axial(before(x), *self._unread()))
+
+    def _unread(self) -> list[bool]:
+        return [is_computed_again(self.mixed)] if isinstance(self.axial, AxialDepthwise) else []
 
     def prepare_for_inference_(self) -> None:
         """The norm becomes part of the axial convolution."""
@@ -329,11 +336,11 @@ class ULite(nn.Module):
         """Images (B, C, *spatial) of any size -> logits (B, classes, *spatial)."""
         spatial = x.shape[2:]
         x = self.stem(channels_last_on_cpu(pad_to_multiple(x, self.total_stride)))
-        skips = []
+        skips: list[Tensor] = []
         for stage in self.encoder:
-            x, skip = stage(x)
+            x, skip = stage(F.gelu if skips else nn.Identity(), x)
             skips.append(skip)
-        return crop_to(self.decoder(self.bottleneck(x), skips), spatial)
+        return crop_to(self.decoder(self.bottleneck(F.gelu(x)), skips), spatial)
 
     def prepare_for_inference_(self) -> None:
         """Rewrite this network for prediction, see ``prepare_for_inference``."""
