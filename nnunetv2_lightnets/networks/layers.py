@@ -127,7 +127,7 @@ class _Axis:
 
     def input_gradient(self, grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
         """That of ``x``."""
-        dx = self._backward(grad, x, kernel, self.rows, [True, False, False])[0]
+        dx: Tensor = self._backward(grad, x, kernel, self.rows, [True, False, False])[0]
         return dx.movedim(1, -1).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
 
     def parameter_gradients(self, grad: Tensor, x: Tensor, kernel: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:

@@ -91,14 +91,14 @@ class TokenGroupNorm(nn.Module):
             activate = self.with_moments_of(tokens)
             out = tokens if overwrite else torch.empty_like(tokens)
             for block in token_blocks(tokens, tokens.shape[2]):
-                out[:, block] = activate(tokens[:, block])
+                activate(tokens[:, block], out=out[:, block])
             return out
         return F.relu_(_GroupNorm.apply(tokens, self.weight, self.bias, *self.moments(tokens)))
 
-    def with_moments_of(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    def with_moments_of(self, tokens: Tensor) -> Callable[..., Tensor]:
         """The same function for parts of ``tokens`` (B, L', C), without gradients."""
         scale, shift = scale_and_shift(*self.moments(tokens), self.weight, self.bias)
-        return lambda block: torch.addcmul(shift, block, scale).relu_()
+        return lambda block, out=None: torch.addcmul(shift, block, scale, out=out).relu_()
 
     def moments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and reciprocal standard deviation (B, G)."""
