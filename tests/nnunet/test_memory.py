@@ -53,11 +53,12 @@ def test_views_share_their_storage() -> None:
 
 def test_memory_grows_with_batch_and_patch_but_for_what_is_fixed() -> None:
     trainer = find_trainer("nnUNetTrainerULite")
-    two, three, four = (training_memory(trainer, patch_setting((64, 64), 1, 2), n) for n in (2, 3, 4))
-    assert two.fixed == four.fixed
-    assert four.total - three.total == pytest.approx(three.total - two.total, rel=0.02)
-    larger = training_memory(trainer, patch_setting((64, 128), 1, 2), 2)
-    assert larger.saved == pytest.approx(2 * two.saved, rel=0.02)
+    # With fewer than three patches, the peak is at another step: parameters outweigh so small feature maps.
+    three, four, five = (training_memory(trainer, patch_setting((64, 64), 1, 2), n) for n in (3, 4, 5))
+    assert three.fixed == five.fixed
+    assert five.total - four.total == pytest.approx(four.total - three.total, rel=0.02)
+    larger = training_memory(trainer, patch_setting((64, 128), 1, 2), 3)
+    assert larger.saved == pytest.approx(2 * three.saved, rel=0.02)
 
 
 def test_the_output_at_full_size_counts() -> None:
