@@ -2,10 +2,10 @@
 
     python benchmarks/trainers_cpu.py --folder WORK [--threads 2] [--seconds 3] [--patches 64×64×64 256×256 ...]
 
-Runs the command for two patches in 3D and two in 2D, each network in a process of its own, and goes on where it was when
-started again. Writes ``benchmarks/results/trainers_cpu.csv``. Times on a shared machine differ from minute to minute:
-what can be compared are the ratios, and of those only the large ones. Every page that shows a trainer's time or memory
-on a CPU has them from :func:`cells`.
+Runs the command for two patches in 3D and two in 2D, each network in a process of its own, and goes on where it was
+when started again. Writes ``benchmarks/results/trainers_cpu.csv``. Times on a shared machine differ from minute to
+minute: what can be compared are the ratios, and of those only the large ones. Every page that shows a trainer's time or
+memory on a CPU has them from :func:`cells`.
 """
 
 from __future__ import annotations

@@ -394,9 +394,10 @@ def test_group_norm_reads_tokens_as_they_lie(monkeypatch):
 
 
 @pytest.mark.usefixtures("norm_code")
+@pytest.mark.parametrize("length", [2**18, 2**17 - 1, 65537])
 @pytest.mark.parametrize("offset", [0, 10, 100])
-def test_group_norm_keeps_its_digits_on_long_sequences(offset):
-    norm, tokens = TokenGroupNorm(8), torch.randn(1, 2**18, 8) + offset
+def test_group_norm_keeps_its_digits_on_long_sequences(offset, length):
+    norm, tokens = TokenGroupNorm(8), torch.randn(1, length, 8) + offset
     exact = F.group_norm(tokens.double().transpose(1, 2), 8).transpose(1, 2).relu()
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
