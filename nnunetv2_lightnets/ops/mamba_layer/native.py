@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ def _arguments(layer: Layer) -> tuple[Any, dict[str, Tensor | None]]:
     dense = {
         name: None if x is None else lib.dense(x, dtype) for name, x in zip(_POINTERS, layer.tensors(), strict=True)
     }
-    dense["A"] = -torch.exp(lib.dense(layer.A_log, dtype))
+    # Not exp, which wakes all threads for these few numbers.
+    dense["A"] = -torch.exp2(lib.dense(layer.A_log, dtype) * math.log2(math.e))
     return _sizes(layer, **{name: lib.pointer(x) for name, x in dense.items()}), dense
 
 
