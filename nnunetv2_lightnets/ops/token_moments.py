@@ -8,7 +8,8 @@ they lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,9 +25,6 @@ FULL_PRECISION = (torch.float32, torch.float64)
 NUMBERS = {"cpu": 2**20}
 NUMBERS_ELSEWHERE = 2**24
 FEWEST = 256  # tokens of a block, however wide it is
-# Torch adds up number by number: on a CPU every 64th token of a channel counts as a channel of its own, so that sums
-# are short and keep their digits.
-SLOTS = 64
 
 
 def block_length(device: str, widest: int, at_least: int = 0) -> int:
@@ -54,7 +52,7 @@ def moments(tokens: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     compiling = torch.compiler.is_compiling()
     blocks = [slice(None)] if compiling else list(token_blocks(tokens, tokens.shape[2]))
     if is_cpu_code(tokens):
-        blocks = list(_even(blocks, tokens.shape[1]))
+        blocks = _summed_blocks(*tokens.shape[1:])
     found = [_of_channels(tokens[:, block].to(compute_dtype(tokens))) for block in blocks]  # (B, 1, C) each
     shares = [1.0] if compiling else [len(range(tokens.shape[1])[block]) / tokens.shape[1] for block in blocks]
     grouped = (tokens.shape[0], groups, -1)
@@ -67,12 +65,22 @@ def moments(tokens: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean.squeeze(2), torch.rsqrt(torch.stack(variances).sum(0).mean(2) + eps)
 
 
-def _even(blocks: Iterable[slice], length: int) -> Iterator[slice]:
-    """The same tokens in blocks of a multiple of SLOTS each, but for the last few."""
-    for block in blocks:
-        end = min(block.stop, length)
-        even = end - (end - block.start) % SLOTS
-        yield from (part for part in (slice(block.start, even), slice(even, end)) if part.start < part.stop)
+# Torch adds up number by number. On a CPU every n-th token of a channel counts as a channel of its own, SLOTS channels
+# in all, and a block ends after LONGEST of their numbers, so that sums keep their digits.
+SLOTS, LONGEST = 2**12, 2**10
+
+
+def _slots(length: int, channels: int) -> int:
+    """How many channels each of ``channels`` counts as: a power of two that divides the length."""
+    return math.gcd(length, 1 << max(SLOTS // channels, 1).bit_length() - 1)
+
+
+def _summed_blocks(length: int, channels: int) -> list[slice]:
+    """Blocks of tokens that have the most slots, but for the last few tokens."""
+    most = _slots(0, channels)
+    even = length - length % most
+    starts = [*range(0, even, LONGEST * most), even, length]
+    return [slice(start, end) for start, end in pairwise(starts) if start < end]
 
 
 def _of_channels(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +89,7 @@ def _of_channels(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.var_mean(x, 1, correction=0, keepdim=True)
     # Faster than a difference, its square and two sums, which are written between.
     batch, length, channels = x.shape
-    slots = math.gcd(length, SLOTS)
+    slots = _slots(length, channels)
     images = [image.reshape(1, -1, 1, slots * channels).movedim(-1, 1) for image in torch.split(x, 1)]
     found = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in images]
     means, variances = (torch.stack(one).view(batch, slots, channels) for one in zip(*found, strict=True))
