@@ -219,10 +219,13 @@ def _with_voxel(kernels: Sequence[Tensor]) -> list[Tensor]:
 
 def depthwise_convolution(x: Tensor, convolution: Convolution) -> Tensor:
     """``convolution``, depthwise, cubic and without bias, of ``x`` (B, C, *spatial), with a fast backward pass."""
-    volume_on_cpu = x.ndim == 5 and on_cpu(x)
-    if volume_on_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+    if x.ndim != 5 or not on_cpu(x) or not torch.is_grad_enabled():
+        return cast(Tensor, convolution(x))
+    if not torch.is_autocast_enabled("cpu"):
         return cast(Tensor, _DepthwiseVolume.apply(x, convolution.weight))
-    return cast(Tensor, convolution(x))
+    # In bfloat16 torch's gradient of the kernel is wrong where the volume is smaller than the kernel.
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, _DepthwiseVolume.apply(x.float(), convolution.weight.float()))
 
 
 class _DepthwiseVolume(torch.autograd.Function):

@@ -135,7 +135,7 @@ class EncoderStage(nn.Module):
         # The largest voxel stays the largest with an offset, which few voxels get so.
         pooled = max_pool(pointwise_convolution(skip, self.pointwise.weight), self.stride)
         assert self.pointwise.bias is not None
-        return pooled + self.pointwise.bias.view(-1, *[1] * (x.ndim - 2)), skip
+        return pooled + self.pointwise.bias.to(pooled.dtype).view(-1, *[1] * (x.ndim - 2)), skip
 
     def mixed(self, before: Activation, x: Tensor) -> Tensor:
         """The first step."""

@@ -93,6 +93,17 @@ def test_depthwise_convolution_has_torchs_values_and_gradients(shape, size, memo
         torch.testing.assert_close(ours, torchs)
 
 
+def test_a_volume_smaller_than_the_depthwise_kernel_has_a_gradient_in_bfloat16():
+    """Torch's own is not what it should be: part of it is whatever was in memory."""
+    convolution = nn.Conv3d(128, 128, 3, padding=1, groups=128, bias=False)
+    x = torch.randn(1, 128, 2, 2, 2).to(memory_format=torch.channels_last_3d)
+    exact = torch.autograd.grad(convolution(x).square().sum(), convolution.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise_convolution(x, convolution)
+    (found,) = torch.autograd.grad(y.float().square().sum(), convolution.weight)
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize("axis", [0, 1, 2])
