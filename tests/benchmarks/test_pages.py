@@ -161,9 +161,9 @@ def test_words_beside_the_tables_agree_with_them() -> None:
     assert times_nnunet("lightm_unet S", "forward") == pytest.approx(0.4, abs=0.05)
     assert times_nnunet("lightm_unet S", "training step") == pytest.approx(0.5, abs=0.05)
     assert times_nnunet("lightm_unet S", "MB") == pytest.approx(0.4, abs=0.05)
-    assert times_nnunet("lightm_unet", "forward") == pytest.approx(0.8, abs=0.05)
+    assert times_nnunet("lightm_unet", "forward") == pytest.approx(0.7, abs=0.05)
     assert times_nnunet("lightm_unet", "training step") == pytest.approx(1, abs=0.05)
-    assert times_nnunet("lightm_unet", "MB") == pytest.approx(0.8, abs=0.05)
+    assert times_nnunet("lightm_unet", "MB") == pytest.approx(0.7, abs=0.05)
 
     prepared = [row for row in recording.read_rows(light_cnns_cpu.MEASURED) if row["goals"]]
     missed = {
