@@ -116,3 +116,13 @@ def test_the_memory_that_readme_speaks_of_is_the_recorded_one() -> None:
     assert f"and {times_nnunet('lightm_unet'):.1f} times the memory" in readme
     assert 0.9 < float(rows["lightm_unet"]["after training step"]) < 1.1  # "about as long"
     assert all(0.2 < times_nnunet(network) < 0.3 for network in ("ulite", "ultralight_unet"))  # "less than a third"
+    with (ROOT / "benchmarks" / "results" / "training_memory.csv").open(encoding="utf-8") as stream:
+        large = {
+            x["trainer"]: x for x in csv.DictReader(stream) if x["patch"] == "128 x 128 x 128" and x["batch"] == "2"
+        }
+    lightm, ulite = (
+        f"{int(large[name]['measured_MB']) * 2**20 / 1e9:.1f} GB"
+        for name in ("nnUNetTrainerLightMUNet", "nnUNetTrainerULite")
+    )
+    page = " ".join((ROOT / "docs" / "memory.md").read_text().split())
+    assert f"takes {lightm} with LightM-UNet on a CPU, and {ulite} with U-Lite" in page

@@ -111,7 +111,7 @@ class AxialDepthwiseConv(nn.Conv3d):
 class _Axis:
     """A depthwise convolution of (B, C, *spatial) along one axis, as one of images that are views if channels are last.
 
-    Along the last axis they are rows, not columns: torch needs a sixth of the time, but for the kernel's gradient.
+    Along the last axis they are rows, not columns, which torch computes faster, but for the kernel's gradient.
     """
 
     def __init__(self, axis: int, convolution: Convolution) -> None:

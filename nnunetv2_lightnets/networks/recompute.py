@@ -54,13 +54,17 @@ class Moments:
     """Mean and reciprocal standard deviation of each batch norm of a block, in order: noted first, then read."""
 
     def __init__(self, block: Callable[..., Any]) -> None:
-        self.block, self.again = block, False
+        self.block = block
         self._noted: list[tuple[Tensor, Tensor]] = []
         self._read: Iterator[tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def again(self) -> bool:
+        """Whether the block is computed again just now, or was at last."""
+        return self._read is not None
+
     def start(self, again: bool) -> None:
         """Before the block is computed, the first time or again."""
-        self.again = again
         self._read = iter(self._noted) if again else None
 
     def batch_norm(self, x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:

@@ -260,8 +260,8 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 @pytest.mark.parametrize(
     ("name", "patch", "most"),
     [
-        ("ulite", (64, 64), 600),
-        ("ulite", (32, 32, 32), 400),
+        ("ulite", (64, 64), 540),
+        ("ulite", (32, 32, 32), 390),
         ("ultralight_unet", (64, 64), 960),
         ("ultralight_unet", (32, 32, 32), 470),
     ],

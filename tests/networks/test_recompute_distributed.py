@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets import create_network
+from two_processes import run_in_two_processes
 
 pytestmark = pytest.mark.slow
 NETWORKS = {  # name: dimensions, keywords
@@ -65,13 +65,7 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two processes")
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(folder), str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_in_two_processes(__file__, folder)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from nnunetv2_lightnets.nnunet.folders import temporary_folders
 from nnunetv2_lightnets.nnunet.plans import patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_trainer
 from nnunetv2_lightnets.trainers import find_trainer
+from two_processes import run_in_two_processes
 
 CPU = torch.device("cpu")
 TINY = "nnUNetTrainerUltraLightUNetT"
@@ -190,13 +190,7 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_each_of_two_ranks_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_in_two_processes(__file__, tmp_path)
     first, second = (torch.load(tmp_path / f"drawn by {rank}") for rank in range(2))
     assert not set(first) & set(second)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_lightnets.networks.swin_umamba import SwinUMamba
 from nnunetv2_lightnets.networks.swin_umamba_d import SwinUMambaD
 from nnunetv2_lightnets.nnunet.freezing import backward
+from two_processes import run_in_two_processes
 
 FROZEN_EPOCHS, EPOCHS = 2, 4
 
@@ -269,13 +269,7 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two processes")
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(folder), str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_in_two_processes(__file__, folder)
     return folder
 
 
