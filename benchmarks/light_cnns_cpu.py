@@ -51,7 +51,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from nnunetv2_lightnets import create_network
-from nnunetv2_lightnets.networks import layers, prepare_for_inference, ulite, ultralight_unet
+from nnunetv2_lightnets.networks import depthwise, layers, prepare_for_inference, ulite, ultralight_unet
 
 PATCHES = {2: (3, 256, 256), 3: (1, 64, 64, 64)}
 CLASSES = 2
@@ -79,12 +79,52 @@ LEAST_OF = 15  # repetitions of a step alone
 # ---- The networks in their authors' order ----
 
 
-class UltraLightUNetAsPublished(nn.Module):
-    """UltraLightUNet's layers, run as the authors' code runs them, on maps with their channels first."""
+class AsPublished(nn.Module):
+    """A network's layers in the order of its authors' code: torch's own steps, on maps with their channels first."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for ``x``."""
+
+        def never(x: Tensor) -> bool:
+            return False
+
+        with mock.patch.object(layers, "on_cpu", never), mock.patch.object(depthwise, "on_cpu", never):
+            return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The network's steps."""
+        raise NotImplementedError
+
+
+class ULiteAsPublished(AsPublished):
+    """U-Lite: what is upsampled and the skip connection are laid side by side."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits for ``x``."""
+        network = self.network
+        pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
+        x, skips = network.stem(x), []
+        for stage in network.encoder:
+            skips.append(stage.norm(stage.axial(x)))
+            x = F.gelu(pool(stage.pointwise(skips[-1]), 2))
+        x = network.bottleneck(x)
+        for stage in network.decoder.stages:
+            x = stage.norm(stage.reduce(torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], dim=1)))
+            x = F.gelu(stage.pointwise(stage.axial(x)))
+        return cast(Tensor, network.decoder.seg_layers[0](x))
+
+
+class UltraLightUNetAsPublished(AsPublished):
+    """UltraLightUNet: one-voxel kernels are convolutions, channels are shuffled, and heads are computed for nobody."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
         channels = [stage.block.project.out_channels for stage in self.network.decoder.stages]
         convolution = type(self.network.decoder.seg_layers[0])
         self.dead_heads = nn.ModuleList(convolution(c, CLASSES, 1) for c in channels[1:4])
@@ -92,7 +132,7 @@ class UltraLightUNetAsPublished(nn.Module):
             if isinstance(block, ultralight_unet.MultiKernelBlock):
                 block.forward = lambda x, block=block: _block_as_published(block, x)  # type: ignore[method-assign]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Logits for ``x``."""
         network, mode = self.network, "bilinear" if x.ndim == 4 else "trilinear"
         pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
@@ -140,16 +180,6 @@ class ChannelsFirst(nn.Module):
             mock.patch.object(ultralight_unet, "channels_last_on_cpu", lambda x: x),
         ):
             return cast(Tensor, self.network(x))
-
-
-class ULiteAsPublished(ChannelsFirst):
-    """U-Lite's layers on maps with their channels first, its axial convolutions without detours."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
-        for line in self.network.modules():
-            if isinstance(line, layers.AxialDepthwiseConv):
-                line.forward = lambda x, line=line: nn.Conv3d.forward(line, x)  # type: ignore[method-assign]
 
 
 def with_one_kernel(network: nn.Module) -> nn.Module:

@@ -20,13 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
-from nnunetv2_lightnets.networks.layers import (
-    CONVOLUTION,
-    LINEAR_INTERPOLATION,
-    checked_strides,
-    depthwise_convolution,
-    max_pool,
-)
+from nnunetv2_lightnets.networks.depthwise import depthwise_convolution
+from nnunetv2_lightnets.networks.layers import CONVOLUTION, LINEAR_INTERPOLATION, checked_strides, max_pool
 from nnunetv2_lightnets.networks.mamba import Mamba, at_least_float32, full_precision, is_autocast
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride
 from nnunetv2_lightnets.networks.recompute import recomputed

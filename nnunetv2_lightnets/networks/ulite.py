@@ -20,18 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.depthwise import AxialDepthwiseConv, sum_of_axes
 from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
     POINTWISE,
-    AxialDepthwiseConv,
     BatchNorm,
     Convolution,
     channels_last_on_cpu,
     checked_strides,
     max_pool,
     pointwise_convolution,
-    sum_of_axes,
     upsample_nearest,
 )
 from nnunetv2_lightnets.networks.padding import crop_to, pad_to_multiple, total_stride

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.networks.depthwise import depthwise_convolution
 from nnunetv2_lightnets.networks.inference import fold_norm, norm_as_affine
 from nnunetv2_lightnets.networks.layers import (
     CONVOLUTION,
@@ -30,7 +31,6 @@ from nnunetv2_lightnets.networks.layers import (
     Convolution,
     channels_last_on_cpu,
     checked_strides,
-    depthwise_convolution,
     max_pool,
     pointwise_convolution,
     upsample_linear,

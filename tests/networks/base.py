@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +36,14 @@ def outputs(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 def loss(logits: Sequence[Tensor]) -> Tensor:
     return sum((head.square().mean() for head in logits), torch.zeros(()))
+
+
+def values_and_gradients(layer: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The layer's result, and gradients of ``x`` and the parameters; memory formats make no difference to them."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(x)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
 
 
 @torch.no_grad()

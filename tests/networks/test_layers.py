@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from networks.base import values_and_gradients
 from torch import nn
 
 from nnunetv2_lightnets.errors import LightNetsError
 from nnunetv2_lightnets.networks.layers import (
-    AxialDepthwiseConv,
     BatchNorm,
     PointwiseConv3d,
     channels_last_on_cpu,
     checked_strides,
-    depthwise_convolution,
     max_pool,
     upsample_linear,
     upsample_nearest,
@@ -72,67 +71,6 @@ def test_other_devices_keep_the_memory_format():
     assert channels_last_on_cpu(x) is x
 
 
-def _loss_and_gradients(convolve, x, parameters):
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = convolve(x)
-    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)  # the same for every memory format
-    return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("shape", [(1, 4, 5, 6, 7), (3, 2, 4, 1, 9), (2, 1, 3, 8, 4)])
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_depthwise_convolution_has_torchs_values_and_gradients(shape, size, memory_format):
-    channels = shape[1]
-    convolution = nn.Conv3d(channels, channels, size, padding=size // 2, groups=channels, bias=False).double()
-    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
-    parameters = list(convolution.parameters())
-    found = _loss_and_gradients(lambda z: depthwise_convolution(z, convolution), x, parameters)
-    expected = _loss_and_gradients(convolution, x, parameters)
-    for ours, torchs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, torchs)
-
-
-def test_a_volume_smaller_than_the_depthwise_kernel_has_a_gradient_in_bfloat16():
-    """Torch's own is not what it should be: part of it is whatever was in memory."""
-    convolution = nn.Conv3d(128, 128, 3, padding=1, groups=128, bias=False)
-    x = torch.randn(1, 128, 2, 2, 2).to(memory_format=torch.channels_last_3d)
-    exact = torch.autograd.grad(convolution(x).square().sum(), convolution.weight)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        y = depthwise_convolution(x, convolution)
-    (found,) = torch.autograd.grad(y.float().square().sum(), convolution.weight)
-    assert (found - exact).norm() < 0.02 * exact.norm()
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("dilation", [1, 3])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(1, 4, 5, 6, 7), (3, 2, 4, 1, 9), (2, 1, 3, 8, 4)])
-def test_axial_depthwise_convolution_has_torchs_values_and_gradients(shape, axis, dilation, memory_format):
-    kernel, padding = [1, 1, 1], [0, 0, 0]
-    kernel[axis], padding[axis] = 7, 3 * dilation
-    settings = {"padding": padding, "dilation": dilation, "groups": shape[1]}
-    line = AxialDepthwiseConv(shape[1], shape[1], kernel, **settings).double()
-    torchs = nn.Conv3d(shape[1], shape[1], kernel, **settings).double()
-    torchs.load_state_dict(line.state_dict())
-    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
-    found = _loss_and_gradients(line, x, list(line.parameters()))
-    expected = _loss_and_gradients(torchs, x, list(torchs.parameters()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    with torch.inference_mode():
-        torch.testing.assert_close(line(x), torchs(x))
-
-
-def test_axial_depthwise_convolution_makes_no_copy_of_a_channels_last_volume():
-    line = AxialDepthwiseConv(3, 3, (1, 7, 1), padding=(0, 3, 0), groups=3)
-    x = torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d)
-    with torch.profiler.profile() as profile:
-        y = line(x)
-    assert y.is_contiguous(memory_format=torch.channels_last_3d)
-    assert "aten::copy_" not in {event.key for event in profile.key_averages()}
-
-
 def test_pooling_and_upsampling_per_axis():
     x = torch.arange(24.0).view(1, 1, 2, 3, 4)
     pooled = max_pool(x, (1, 3, 2))
@@ -177,8 +115,8 @@ def test_pointwise_convolution_has_torchs_values_and_gradients(bias, memory_form
     ours, torchs = PointwiseConv3d(4, 6, 1, bias=bias).double(), nn.Conv3d(4, 6, 1, bias=bias).double()
     torchs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 4, 3, 5, 2, dtype=torch.float64).contiguous(memory_format=memory_format)
-    found = _loss_and_gradients(ours, x, list(ours.parameters()))
-    expected = _loss_and_gradients(torchs, x, list(torchs.parameters()))
+    found = values_and_gradients(ours, x, list(ours.parameters()))
+    expected = values_and_gradients(torchs, x, list(torchs.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
