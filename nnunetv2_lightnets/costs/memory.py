@@ -22,6 +22,7 @@ class Memory:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.cuda = self.restarts = device.type == "cuda"
         _release_unused()
         self.before = 0 if self.cuda else _resident("VmRSS")

@@ -24,6 +24,7 @@ from nnunetv2_lightnets.costs.trainers import find_trainer_class, trainer_costs
 from nnunetv2_lightnets.files import write_atomically
 from nnunetv2_lightnets.networks.counting import count_macs, count_parameters
 from nnunetv2_lightnets.nnunet.folders import temporary_folders
+from nnunetv2_lightnets.nnunet.malloc import nothing_kept
 from nnunetv2_lightnets.nnunet.plans import Setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import autocast, make_batch, make_trainer
 
@@ -73,15 +74,12 @@ def measure_prediction(trainer_class: type[Any], job: Job, device: torch.device)
     memory = Memory(device)
     predicting = predictor(trainer_class, job, device)
     patch = torch.randn(1, job.setting.input_channels, *job.setting.patch, device=device)
-    memory.start()
     with torch.inference_mode(), autocast(device):
-        inference = timed(lambda: predicting.network(patch), job.seconds, device)
-    measured = {"inference": inference | memory.measured()}
+        measured = {"inference": measured_step(lambda: predicting.network(patch), job.seconds, memory)}
     if job.volume is not None:
         image = torch.randn(patch.shape[1], *job.volume)
-        memory.start()
-        volume = timed(lambda: predicting.predict_sliding_window_return_logits(image), job.seconds, device)
-        measured["volume"] = volume | memory.measured() | {"voxels": image[0].numel()}
+        volume = measured_step(lambda: predicting.predict_sliding_window_return_logits(image), job.seconds, memory)
+        measured["volume"] = volume | {"voxels": image[0].numel()}
     return measured
 
 
@@ -91,9 +89,8 @@ def measure_training(trainer_class: type[Any], job: Job, folder: Path, device: t
     trainer = make_trainer(trainer_class, job.setting, job.batch_size, folder, device)
     batch = make_batch(trainer, job.setting.patch, job.batch_size)
     trainer.network.train()
-    memory.start()
-    training = timed(lambda: trainer.train_step(batch), job.seconds, device)
-    training |= memory.measured() | {"batch_size": job.batch_size}
+    training = measured_step(lambda: trainer.train_step(batch), job.seconds, memory, 2)  # it then has optimizer's state
+    training["batch_size"] = job.batch_size
     network = getattr(trainer.network, "_orig_mod", trainer.network)
     trainer.set_deep_supervision_enabled(False)
     return {
@@ -130,23 +127,30 @@ def predictor(trainer_class: type[Any], job: Job, device: torch.device) -> Any:
     return predicting
 
 
-def timed(step: Callable[[], Any], seconds: float, device: torch.device) -> dict[str, Any]:
-    """Seconds that a step takes: median and quartiles of repetitions, after one for warming up."""
+def measured_step(step: Callable[[], Any], seconds: float, memory: Memory, alone: int = 1) -> dict[str, Any]:
+    """Memory that a step needs, and seconds that it takes: median and quartiles of repetitions.
+
+    Memory is that of the first steps (``alone``), whose freed memory goes back to the system. In the repetitions it is
+    kept, if there is enough, as in prediction and training.
+    """
 
     def once() -> float:
         start = time.perf_counter()
         step()
-        torch.get_device_module(device).synchronize()
+        torch.get_device_module(memory.device).synchronize()
         return time.perf_counter() - start
 
-    first = once()
+    memory.start()
+    with nothing_kept():
+        *_, first = (once() for _ in range(alone))
+        needed = memory.measured()
     if first > _LONG * seconds:  # one more, which is warm, is all there is time for
         runs = [once()]
     else:
         warm = once()
         runs = [once() for _ in range(max(_FEWEST, min(_MOST, int(seconds / max(warm, 1e-9)))))]
     low, median, high = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else runs * 3
-    return {"median": median, "quartiles": [low, high], "runs": len(runs)}
+    return {"median": median, "quartiles": [low, high], "runs": len(runs)} | needed
 
 
 def check_claim(trainer_class: type[Any], claim: dict[str, Any]) -> dict[str, Any]:

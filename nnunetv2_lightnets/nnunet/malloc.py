@@ -14,6 +14,8 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class _Process:
 
     calls = 0
     keeps = False
+    may_keep = True
     looked = 0.0  # time of the last look at what is left
 
 
@@ -53,7 +56,7 @@ def reuse_freed_memory() -> bool:
     Returns:
         Whether freed memory is kept now: only glibc is told so, other systems are left as they are.
     """
-    if not _can_keep():
+    if not _can_keep() or not _Process.may_keep:
         return False
     _Process.calls += 1
     if _Process.calls == 2 and _left() >= max(LEAST_LEFT, 2 * _taken()):
@@ -70,6 +73,17 @@ def give_back() -> None:
     if _can_keep():
         _use_defaults()
         _glibc().malloc_trim(0)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Freed memory goes back, as by itself, to see how much a step needs; afterwards it is as if none had run."""
+    give_back()
+    _Process.may_keep = False
+    try:
+        yield
+    finally:
+        _Process.calls, _Process.may_keep = 0, True
 
 
 @cache

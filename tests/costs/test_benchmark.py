@@ -18,8 +18,9 @@ import torch
 from nnunetv2_lightnets.costs import command, figures, networks_table, worker
 from nnunetv2_lightnets.costs.memory import Memory
 from nnunetv2_lightnets.costs.report import megabytes, read_scores, score_of, seconds, spread
-from nnunetv2_lightnets.costs.worker import Job, timed
+from nnunetv2_lightnets.costs.worker import Job, measured_step
 from nnunetv2_lightnets.errors import LightNetsError
+from nnunetv2_lightnets.nnunet import malloc
 from nnunetv2_lightnets.nnunet.plans import dataset_setting, patch_setting
 from nnunetv2_lightnets.nnunet.rehearsal import make_batch
 
@@ -168,12 +169,25 @@ def test_timing_warms_up_first():
         time.sleep(0.05 if not calls else 0.001)
         calls.append(0)
 
-    timing = timed(slow_at_first, 0.1, torch.device("cpu"))
+    memory = Memory(torch.device("cpu"))
+    timing = measured_step(slow_at_first, 0.1, memory)
     assert timing["median"] < 0.02
     assert len(calls) == timing["runs"] + 2 <= worker._MOST + 2
     calls.clear()
-    assert timed(lambda: time.sleep(0.03), 0.01, torch.device("cpu"))["runs"] == 3
-    assert timed(lambda: time.sleep(0.03), 0.001, torch.device("cpu"))["runs"] == 1
+    assert measured_step(lambda: time.sleep(0.03), 0.01, memory)["runs"] == 3
+    assert measured_step(lambda: time.sleep(0.03), 0.001, memory)["runs"] == 1
+
+
+def test_memory_is_that_of_steps_after_which_nothing_is_kept(monkeypatch):
+    kept: list[bool] = []
+    monkeypatch.setattr(malloc, "_can_keep", lambda: True)
+    monkeypatch.setattr(malloc, "_keep", lambda: True)
+    monkeypatch.setattr(malloc, "_left", lambda: float("inf"))
+    monkeypatch.setattr(malloc._Process, "keeps", False)
+    measured_step(lambda: kept.append(malloc.reuse_freed_memory()), 1e-9, Memory(torch.device("cpu")), alone=2)
+    assert kept == [False] * 3, "two to see the memory, and one that shows how much may be kept"
+    measured_step(lambda: kept.append(malloc.reuse_freed_memory()), 0.001, Memory(torch.device("cpu")))
+    assert kept[3:6] == [False, False, True] and all(kept[6:])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks cannot be reset here")

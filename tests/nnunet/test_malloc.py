@@ -133,7 +133,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mallopt]:
     monkeypatch.setattr(malloc, "_left", lambda: 7 << 30)
     monkeypatch.setattr(malloc, "_SECONDS", -1.0)
     monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
-    for name, value in (("calls", 0), ("keeps", False), ("looked", 0.0)):
+    for name, value in (("calls", 0), ("keeps", False), ("may_keep", True), ("looked", 0.0)):
         monkeypatch.setattr(malloc._Process, name, value)
     yield recorded
 
@@ -156,6 +156,14 @@ def test_all_goes_back_when_memory_gets_short(process: Mallopt, monkeypatch: pyt
     assert process.trimmed == 1 and process.options[-1] == 64 << 20 and process.options[-3] == 32 << 20
     monkeypatch.setattr(malloc, "_left", lambda: 7 << 30)
     assert not malloc.reuse_freed_memory(), "it goes short again"
+
+
+def test_nothing_is_kept_meanwhile_and_steps_count_anew(process: Mallopt) -> None:
+    assert [malloc.reuse_freed_memory() for _ in range(2)] == [False, True]
+    with malloc.nothing_kept():
+        assert process.trimmed == 1 and process.options[-1] == 64 << 20
+        assert not any(malloc.reuse_freed_memory() for _ in range(3))
+    assert [malloc.reuse_freed_memory() for _ in range(3)] == [False, True, True]
 
 
 @glibc
