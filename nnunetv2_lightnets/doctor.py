@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from nnunetv2_lightnets import __version__
 from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE, external_folders
+from nnunetv2_lightnets.discovery.huge_pages import huge_pages
 from nnunetv2_lightnets.discovery.waiting import waiting
 from nnunetv2_lightnets.files import last_line
 from nnunetv2_lightnets.nnunet.folders import FOLDERS
@@ -166,6 +167,7 @@ def device() -> Iterator[Finding]:
         remedy = "train with -device cpu" if torch.version.cuda is None else "no GPU is visible; train with -device cpu"
         yield Finding("device", f"cpu, {torch.get_num_threads()} threads", remedy)
     yield Finding("waiting threads", waiting())
+    yield Finding("huge pages", huge_pages())
 
 
 def scan_backends() -> Iterator[Finding]:

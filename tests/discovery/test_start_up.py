@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_lightnets.discovery import huge_pages
 from nnunetv2_lightnets.discovery.environment import DISABLE, SHIM_FOLDER, VARIABLE
 from nnunetv2_lightnets.discovery.start_up import announce
 from nnunetv2_lightnets.discovery.waiting import SETTINGS, SWITCH, VARIABLES, waiting
@@ -71,11 +72,13 @@ def test_announce_twice_is_announce_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ[VARIABLE] == f"/theirs{os.pathsep}{SHIM_FOLDER}"
 
 
-def set_in(program: str, tmp_path: Path, **environment: str | None) -> dict[str, str]:
-    """Which of the variables of waiting threads a program of this name finds set."""
+def set_in(
+    program: str, tmp_path: Path, names: tuple[str, ...] = VARIABLES, **environment: str | None
+) -> dict[str, str]:
+    """Which of torch's variables, those of waiting threads if none are named, a program of this name finds set."""
     file = tmp_path / program
-    file.write_text(f"import os; print(*(f'{{n}}={{os.environ[n]}}' for n in {VARIABLES} if n in os.environ))")
-    env = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, SWITCH, DISABLE)}
+    file.write_text(f"import os; print(*(f'{{n}}={{os.environ[n]}}' for n in {names} if n in os.environ))")
+    env = {k: v for k, v in os.environ.items() if k not in (*names, SWITCH, DISABLE)}
     env |= {key: value for key, value in environment.items() if value is not None}
     done = subprocess.run([sys.executable, str(file)], env=env, capture_output=True, text=True, check=True)
     return dict(word.split("=") for word in done.stdout.split())
@@ -100,6 +103,32 @@ def test_waiting_that_the_user_has_set_stays(variable: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("off", [{SWITCH: "off"}, {DISABLE: "1"}])
 def test_waiting_can_be_left_as_torch_has_it(off: dict[str, str], tmp_path: Path) -> None:
     assert set_in("nnUNetv2_train", tmp_path, **off) == {}
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel/mm/transparent_hugepage"), reason="this kernel has none")
+def test_commands_put_large_tensors_into_huge_pages(tmp_path: Path) -> None:
+    names = (huge_pages.VARIABLE,)
+    assert set_in("nnUNetv2_train", tmp_path, names) == {huge_pages.VARIABLE: "1"}
+    assert set_in("nnUNetv2_train", tmp_path, names, **{huge_pages.VARIABLE: "0"}) == {huge_pages.VARIABLE: "0"}
+    assert set_in("nnUNetv2_train", tmp_path, names, **{DISABLE: "1"}) == {}
+    assert set_in("my_script.py", tmp_path, names) == {}
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel/mm/transparent_hugepage"), reason="this kernel has none")
+def test_torch_asks_the_kernel_for_huge_pages() -> None:
+    """As the kernel shows of the memory that a tensor is in; whether there are any just then is the kernel's affair."""
+    code = (
+        "import torch; x = torch.ones(8 << 20); place = x.data_ptr() + (4 << 20); lines = open('/proc/self/smaps')\n"
+        "for line in lines:\n"
+        "    if '-' in line.split()[0] and line.split()[0] != 'VmFlags:':\n"
+        "        first, end = (int(n, 16) for n in line.split()[0].split('-'))\n"
+        "    elif line.startswith('VmFlags') and first <= place < end:\n"
+        "        print('hg' in line.split())\n"
+    )
+    for value, asks in (("1", "True"), ("0", "False")):
+        env = os.environ | {huge_pages.VARIABLE: value}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == asks, done.stderr
 
 
 def test_libgomp_reads_it_from_an_environment_that_is_set_by_python() -> None:
