@@ -3,9 +3,10 @@
     python benchmarks/page_faults.py [--trainers NAME ...] [--sides 128 64]
 
 writes ``benchmarks/results/page_faults.csv``: one patch of 128 x 128 x 128 voxels through the network that nnU-Net's
-predictor gets, and one training step of two patches of 64 x 64 x 64, each in a process of its own, with and without
-``nnunetv2_lightnets.nnunet.malloc``. Seconds are of the processor and of the clock, per patch or step, after three;
-memory is the most that the process held.
+predictor gets, and one training step of two patches of 64 x 64 x 64, each in a process of its own: as torch comes, with
+the huge pages of ``discovery/huge_pages.py``, and with freed memory kept by ``nnunet/malloc.py``, too (nnU-Net's own
+trainer keeps none). Seconds are of the processor and of the clock, per patch or step, after three; memory is the most
+that the process held, libraries included.
 """
 
 from __future__ import annotations
@@ -25,13 +26,21 @@ from typing import Any
 from recording import RESULTS, Record, Tables, argument_parser, link, machine, read_rows, table
 from under_load import FORWARD, STEP, THREADS, prepare
 
+from nnunetv2_lightnets.costs.trainers import BASELINE
+from nnunetv2_lightnets.discovery.huge_pages import VARIABLE
 from nnunetv2_lightnets.nnunet.malloc import SWITCH
 
 FAULTS = RESULTS / "page_faults.csv"
 PAGE = "docs/memory.md"
 SIDES = {FORWARD: 128, STEP: 64}
-TRAINERS = ("nnUNetTrainerULite", "nnUNetTrainerUltraLightUNet", "nnUNetTrainerLightMUNetS")
-WAYS = {"given back": "off", "kept": ""}  # and what switches it
+TRAINERS = (BASELINE, "nnUNetTrainerULite", "nnUNetTrainerUltraLightUNet", "nnUNetTrainerLightMUNetS")
+SHOWN = (BASELINE, "nnUNetTrainerULite", "nnUNetTrainerLightMUNetS")
+AS_TORCH_COMES, HUGE_PAGES, KEPT = "as torch comes", "huge pages", "huge pages, kept"
+WAYS = {  # and what switches it
+    AS_TORCH_COMES: {SWITCH: "off", VARIABLE: "0"},
+    HUGE_PAGES: {SWITCH: "off", VARIABLE: "1"},
+    KEPT: {SWITCH: "", VARIABLE: "1"},
+}
 FACTS = ("threads", "processor", "torch")
 
 
@@ -54,16 +63,24 @@ def measure(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
 
 
 def tables() -> Tables:
-    """Two rows for each network: a patch, then a training step."""
+    """Two rows for each network: as torch comes, and as our commands have it."""
     rows = read_rows(FAULTS)
+    ours = {trainer: ways_of(trainer)[-1] for trainer in SHOWN}
     shown: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        name = row["trainer"], row["freed memory"]
-        cells = shown.setdefault(name, {"trainer": f"`{name[0]}`", "freed memory": name[1]})
+        name = row["trainer"], row["memory"]
+        if name[1] not in (AS_TORCH_COMES, ours.get(name[0])) or name[0] not in SHOWN:
+            continue
+        cells = shown.setdefault(name, {"trainer": f"`{name[0]}`", "memory": name[1]})
         for column in ("seconds", "in the kernel", "peak MB"):
             cells[f"{row['step']}: {column}"] = row[column]
     about = ", ".join(f"{fact} {rows[0][fact]}" for fact in FACTS)
     return {PAGE: [f"Measured with: {about}.", "", *table(list(shown.values())), "", link(PAGE, FAULTS)]}
+
+
+def ways_of(trainer: str) -> list[str]:
+    """What can be measured of a trainer."""
+    return [way for way in WAYS if way != KEPT or trainer != BASELINE]
 
 
 def main() -> None:
@@ -84,16 +101,16 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(THREADS)  # for the description alone
-    record = Record(arguments.out, "trainer", "step", "freed memory")
+    record = Record(arguments.out, "trainer", "step", "memory")
     for trainer in arguments.trainers:
         for step, side in zip(SIDES, arguments.sides, strict=True):
-            for way, switch in WAYS.items():
+            for way in ways_of(trainer):
                 words = ["--repeats", str(arguments.repeats), "--case", trainer, step, str(side)]
-                environment = os.environ | {SWITCH: switch}
+                environment = os.environ | WAYS[way]
                 done = subprocess.run(
                     [sys.executable, __file__, *words], capture_output=True, text=True, check=True, env=environment
                 )
-                row = {"trainer": trainer, "step": step, "freed memory": way} | json.loads(done.stdout.splitlines()[-1])
+                row = {"trainer": trainer, "step": step, "memory": way} | json.loads(done.stdout.splitlines()[-1])
                 record.put(row | machine(*FACTS))
 
 
