@@ -114,7 +114,7 @@ def test_the_memory_that_readme_speaks_of_is_the_recorded_one() -> None:
 
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"and {times_nnunet('lightm_unet'):.1f} times the memory" in readme
-    assert 0.9 < float(rows["lightm_unet"]["after training step"]) < 1.1  # "about as long"
+    assert 0.9 < float(rows["lightm_unet"]["after training step"]) < 1.1  # "up to its time"
     assert all(0.2 < times_nnunet(network) < 0.3 for network in ("ulite", "ultralight_unet"))  # "less than a third"
     with (ROOT / "benchmarks" / "results" / "training_memory.csv").open(encoding="utf-8") as stream:
         large = {
