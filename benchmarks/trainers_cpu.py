@@ -29,8 +29,8 @@ VOLUME, IMAGE, LARGE_VOLUME, LARGE_IMAGE = PATCHES
 CLASSES = 3
 # To be taken out when the file is measured anew.
 EARLIER = (
-    ". Measured with freed memory kept and without huge pages (docs/memory.md): memory is what a process then takes, up to \
-twice what a step needs"
+    ". Measured with freed memory kept and without huge pages (docs/memory.md): memory is what a process then takes, "
+    "up to twice what a step needs"
 )
 TITLES = {  # of a column, by the recorded one
     "inference_s": "CPU time of a patch, {}",

@@ -32,6 +32,7 @@ from nnunet_server import Commands
 from recording import RESULTS, Record, Tables, argument_parser, link, machine, read_rows, table
 
 from nnunetv2_lightnets.costs.trainers import BASELINE
+from nnunetv2_lightnets.discovery.huge_pages import VARIABLE as HUGE_PAGES
 from nnunetv2_lightnets.discovery.waiting import SETTINGS, SWITCH, VARIABLES
 
 MEASURED = RESULTS / "under_load.csv"
@@ -135,8 +136,9 @@ class Served:
 
 
 def environment(way: str) -> dict[str, str]:
-    """Of a process whose threads wait in one of the ways."""
-    return {name: value for name, value in os.environ.items() if name not in VARIABLES} | WAYS[way]
+    """Of a process whose threads wait in one of the ways, with tensors in huge pages as in our commands."""
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return kept | {HUGE_PAGES: "1"} | WAYS[way]
 
 
 @contextmanager
