@@ -1,7 +1,7 @@
 """Tensors of 2 MB and more lie in huge pages, which the kernel hands out 500 times less often.
 
 A feature map has thousands of pages of 4 kB, each of which costs an interruption before it is used first: nnU-Net's own
-network spends two fifths of a training step on a CPU so. torch can ask the kernel for pages of 2 MB, as NumPy does by
+network spends a quarter of a training step on a CPU so. torch can ask the kernel for pages of 2 MB, as NumPy does by
 itself, and has a variable that says so. Tensors then begin at a page, too, which leaves fewer gaps between them.
 
 Imports nothing: the start-up file asks for it.
