@@ -33,9 +33,12 @@ patch = torch.randn(1, 1, 96, 96, 96)
 with torch.inference_mode():
     for _ in range(5):
         network(patch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    network(patch)
-print("FAULTS", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        network(patch)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print("FAULTS", sorted(faults)[2])  # a single patch may still find no free block that is large enough
 """
 
 
@@ -55,12 +58,17 @@ malloc.ctypes = types.SimpleNamespace(CDLL=lambda name: older)
 """
 
 
+def faults_of(code: str, **environment: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return int(done.stdout.split("FAULTS")[1])
+
+
 @glibc
 @pytest.mark.parametrize("before", ["", pytest.param(OLDER_GLIBC, marks=pytest.mark.slow)], ids=["this", "older"])
 def test_a_patch_causes_no_page_faults(before: str) -> None:
-    done = subprocess.run([sys.executable, "-c", before + PREDICT], capture_output=True, text=True, check=True)
-    faults = int(done.stdout.split("FAULTS")[1])
-    assert faults < 2000  # 8 MB; without the setting there are some 330,000
+    assert faults_of(before + PREDICT) < 2000  # 8 MB; without the setting there are some 330,000
 
 
 TRAIN = """
@@ -84,15 +92,8 @@ for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     trainer.train_step(batch)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print("FAULTS", sorted(faults)[2])  # a single step may still find no free block that is large enough
+print("FAULTS", sorted(faults)[2])
 """
-
-
-def faults_of(code: str, **environment: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
-    )
-    return int(done.stdout.split("FAULTS")[1])
 
 
 @glibc
