@@ -231,6 +231,8 @@ class _Steps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         least = []
+        if func.is_view:  # takes no time, and is one in its own memory format only
+            return func(*args, **kwargs)
         for memory_format in (torch.contiguous_format, CHANNELS_LAST[self.spatial_dims]):
 
             def in_format(leaf: Any, memory_format: torch.memory_format = memory_format) -> Any:
