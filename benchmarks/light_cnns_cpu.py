@@ -27,6 +27,7 @@ import copy
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -79,8 +80,19 @@ LEAST_OF = 15  # repetitions of a step alone
 # ---- The networks in their authors' order ----
 
 
-class AsPublished(nn.Module):
-    """A network's layers in the order of its authors' code: torch's own steps, on maps with their channels first."""
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """Layers compute as on other devices than a CPU: by torch's own steps, in the memory format that comes."""
+
+    def never(x: Tensor) -> bool:
+        return False
+
+    with mock.patch.object(layers, "on_cpu", never), mock.patch.object(depthwise, "on_cpu", never):
+        yield
+
+
+class ChannelsFirst(nn.Module):
+    """A network that leaves the memory format as it is, with weights that ask for none."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -90,22 +102,18 @@ class AsPublished(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits for ``x``."""
-
-        def never(x: Tensor) -> bool:
-            return False
-
-        with mock.patch.object(layers, "on_cpu", never), mock.patch.object(depthwise, "on_cpu", never):
-            return self.logits(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The network's steps."""
-        raise NotImplementedError
+        with (
+            mock.patch.object(ulite, "channels_last_on_cpu", lambda x: x),
+            mock.patch.object(ultralight_unet, "channels_last_on_cpu", lambda x: x),
+        ):
+            return cast(Tensor, self.network(x))
 
 
-class ULiteAsPublished(AsPublished):
+class ULiteAsPublished(ChannelsFirst):
     """U-Lite: what is upsampled and the skip connection are laid side by side."""
 
-    def logits(self, x: Tensor) -> Tensor:
+    @torchs_own()
+    def forward(self, x: Tensor) -> Tensor:
         """Logits for ``x``."""
         network = self.network
         pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
@@ -120,7 +128,7 @@ class ULiteAsPublished(AsPublished):
         return cast(Tensor, network.decoder.seg_layers[0](x))
 
 
-class UltraLightUNetAsPublished(AsPublished):
+class UltraLightUNetAsPublished(ChannelsFirst):
     """UltraLightUNet: one-voxel kernels are convolutions, channels are shuffled, and heads are computed for nobody."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -132,7 +140,8 @@ class UltraLightUNetAsPublished(AsPublished):
             if isinstance(block, ultralight_unet.MultiKernelBlock):
                 block.forward = lambda x, block=block: _block_as_published(block, x)  # type: ignore[method-assign]
 
-    def logits(self, x: Tensor) -> Tensor:
+    @torchs_own()
+    def forward(self, x: Tensor) -> Tensor:
         """Logits for ``x``."""
         network, mode = self.network, "bilinear" if x.ndim == 4 else "trilinear"
         pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
@@ -162,24 +171,6 @@ def _block_as_published(block: Any, x: Tensor) -> Tensor:
     mixed = mixed.view(batch, block.groups, channels // block.groups, *spatial).transpose(1, 2).contiguous()
     out = block.project_norm(block.project(mixed.view(batch, channels, *spatial)))
     return cast(Tensor, block.shortcut(x) + out)
-
-
-class ChannelsFirst(nn.Module):
-    """A network that leaves the memory format as it is, with weights that ask for none."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network)
-        for parameter in self.network.parameters():
-            parameter.data = parameter.data.contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits for ``x``."""
-        with (
-            mock.patch.object(ulite, "channels_last_on_cpu", lambda x: x),
-            mock.patch.object(ultralight_unet, "channels_last_on_cpu", lambda x: x),
-        ):
-            return cast(Tensor, self.network(x))
 
 
 def with_one_kernel(network: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ CLASSES = 3
 # To be taken out when the file is measured anew.
 EARLIER = (
     ". Measured with freed memory kept and without huge pages (docs/memory.md): memory is what a process then takes, "
-    "up to twice what a step needs"
+    "more than a step needs"
 )
 TITLES = {  # of a column, by the recorded one
     "inference_s": "CPU time of a patch, {}",
