@@ -5,8 +5,8 @@
 writes ``benchmarks/results/page_faults.csv``: one patch of 128 x 128 x 128 voxels through the network that nnU-Net's
 predictor gets, and one training step of two patches of 64 x 64 x 64, each in a process of its own: as torch comes, with
 the huge pages of ``discovery/huge_pages.py``, with freed memory kept by ``nnunet/malloc.py`` (nnU-Net's own trainer
-keeps none), and with both. Seconds are of the processor and of the clock, per patch or step, after three; memory is the most
-that the process held, libraries included.
+keeps none), and with both. Seconds are of the processor and of the clock, per patch or step, after three; memory is the
+most that the process held, libraries included.
 """
 
 from __future__ import annotations
