@@ -27,11 +27,6 @@ MEASURED = RESULTS / "trainers_cpu.csv"
 PATCHES = {"×".join(map(str, patch)): patch for patch in ((64,) * 3, (256,) * 2, (96,) * 3, (512,) * 2)}
 VOLUME, IMAGE, LARGE_VOLUME, LARGE_IMAGE = PATCHES
 CLASSES = 3
-# To be taken out when the file is measured anew.
-EARLIER = (
-    ". Measured with freed memory kept and without huge pages (docs/memory.md): memory is what a process then takes, "
-    "more than a step needs"
-)
 TITLES = {  # of a column, by the recorded one
     "inference_s": "CPU time of a patch, {}",
     "training_s": "CPU time of a training step, {}",
@@ -92,7 +87,7 @@ def machine_of(patch: str) -> str:
     """What the times of a patch were measured on."""
     row = measured()[BASELINE, patch]
     about = f"{row['processor']}, {row['threads']} threads, torch {row['torch']}"
-    return f"{about}; a training step has {row['batch']} patches{EARLIER}"
+    return f"{about}; a training step has {row['batch']} patches"
 
 
 def tables() -> Tables:

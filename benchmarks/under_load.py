@@ -299,13 +299,28 @@ def tables() -> Tables:
                 )
     about = ", ".join(f"{fact} {rows[0][fact]}" for fact in FACTS)
     lines = [f"Measured with: {about}.", "", *table(shown), ""]
+    beside = [row for row in rows if row["what"] != COMMAND]
+    lines += [range_of(way, beside) for way in WAYS if any(row["waiting"] == way for row in beside)]
     whole = [row for row in rows if row["what"] == COMMAND]
     lines += [
         f"* `{COMMAND}` of {CASES} cases, `{row['trainer']}`, patch {row['patch']}, waiting {row['waiting']}: "
         f"{float(row['seconds']):.0f} s, {float(row['CPU seconds']):.0f} s of CPU"
         for row in whole
     ]
-    return {PAGE: [*lines, *([""] if whole else []), link(PAGE, MEASURED, "All networks, training steps and images")]}
+    return {PAGE: [*lines, "", link(PAGE, MEASURED, "All networks, training steps and images")]}
+
+
+def range_of(way: str, rows: Sequence[dict[str, str]]) -> str:
+    """A line: how much longer prediction and training took beside others, over all trainers and patches."""
+    found = []
+    for load in LOADS[1:]:
+        of = [row for row in rows if row["waiting"] == way and row["busy processes"] == str(load)]
+        clock, processor = ([float(row[column]) for row in of] for column in ("times quiet", "CPU times quiet"))
+        found.append(
+            f"beside {load} {min(clock):.1f} to {max(clock):.1f} times the quiet time (median "
+            f"{statistics.median(clock):.1f}) and up to {max(processor):.1f} times its CPU time"
+        )
+    return f"* Waiting {way}, {len(of)} patches and steps of all these trainers, in 3D and 2D: {'; '.join(found)}"
 
 
 def main() -> None:
