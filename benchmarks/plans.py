@@ -25,7 +25,7 @@ from nnunetv2_lightnets.plans.planner import Planner, plans_name
 PLANNED = RESULTS / "plans.csv"
 PAGE = "docs/planning.md"
 TRAINERS = (*LIGHT_M, "nnUNetTrainerULite", *ULTRA_LIGHT, *SWIN)
-SHOWN = (  # where a plan must give something up, and two that need not
+SHOWN = (  # of each family
     ("Dataset504_Hippocampus", "nnUNetTrainerLightMUNet"),
     ("Dataset504_Hippocampus", "nnUNetTrainerLightMUNetS"),
     ("Dataset504_Hippocampus", "nnUNetTrainerULite"),
