@@ -15,6 +15,7 @@ import accuracy
 import light_cnns_cpu
 import network_costs
 import overview
+import page_faults
 import pytest
 import recording
 import tables
@@ -155,7 +156,7 @@ def test_a_single_image_makes_most_of_the_lead_on_nuclei() -> None:
 
 
 def test_words_beside_the_tables_agree_with_them() -> None:
-    """What docs/lightm_unet.md and ultralight_unet.md say of times and memory."""
+    """What README and docs/lightm_unet.md, memory.md and ultralight_unet.md say of times and memory."""
     versions_rows = {row["network"]: row for row in recording.read_rows(versions.MEASURED)}
 
     def times_nnunet(network: str, what: str) -> float:
@@ -168,6 +169,24 @@ def test_words_beside_the_tables_agree_with_them() -> None:
     assert times_nnunet("lightm_unet", "forward") == pytest.approx(0.7, abs=0.05)
     assert times_nnunet("lightm_unet", "training step") == pytest.approx(1, abs=0.05)
     assert times_nnunet("lightm_unet", "MB") == pytest.approx(0.7, abs=0.05)
+
+    times = {}
+    for patch in trainers_cpu.PATCHES:
+        (cell,) = trainers_cpu.cells("nnUNetTrainerLightMUNet", patch, ["training_s"]).values()
+        times[patch] = float(cell.rstrip("×"))
+    volumes, images = ([round(times[patch], 1) for patch in times if patch.count("×") == dims - 1] for dims in (3, 2))
+    said = f"{min(volumes)} to {max(volumes)} times its time in 3D and {min(images)} to {max(images)} times in 2D"
+    assert said in " ".join((recording.ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    held = {
+        row["memory"]: int(row["peak MB"])
+        for row in recording.read_rows(page_faults.FAULTS)
+        if (row["trainer"], row["step"]) == ("nnUNetTrainerULite", page_faults.FORWARD)
+    }
+    said = (
+        f"{held[page_faults.KEPT] / 1000:.1f} GB with small pages and {held[page_faults.BOTH] / 1000:.1f} GB with huge"
+    )
+    assert said in " ".join((recording.ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
 
     prepared = [row for row in recording.read_rows(light_cnns_cpu.MEASURED) if row["goals"]]
     missed = {
